@@ -1,0 +1,57 @@
+"""LoRA: W' = W + s B A (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from structadapt import ops
+from structadapt.adapters.base import Adapter, uniform
+
+SCALINGS = ("alpha/r", "alpha/sqrt(r)", "constant")
+
+
+@dataclass(frozen=True)
+class LoRA(Adapter):
+    """W' = W + s B A with A (rank, in) kaiming-uniform and B (out, rank) zero.
+
+    s is alpha / rank; alpha / sqrt(rank) with scaling="alpha/sqrt(r)" (rsLoRA, Kalajdzievski
+    2023); alpha itself with scaling="constant".
+
+    Raises ValueError for a rank that is not a positive integer, an alpha that is not a positive
+    finite number, or an unknown scaling.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    scaling: str = "alpha/r"  # or "alpha/sqrt(r)", "constant"
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ValueError(f"{name}: rank must be a positive integer, got {self.rank!r}")
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if not number or not (0 < self.alpha < math.inf):
+            raise ValueError(f"{name}: alpha must be a positive number, got {self.alpha!r}")
+        if self.scaling not in SCALINGS:
+            expected = ", ".join(map(repr, SCALINGS))
+            raise ValueError(f"{name}: scaling must be one of {expected}, got {self.scaling!r}")
+
+    @property
+    def scale(self) -> float:
+        """s in W + s B A."""
+        divisor = {"alpha/r": self.rank, "alpha/sqrt(r)": math.sqrt(self.rank), "constant": 1}
+        return self.alpha / divisor[self.scaling]
+
+    def init(self, W: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        out_features, in_features = W.shape
+        bound = 1 / math.sqrt(in_features)  # kaiming-uniform with a = sqrt(5)
+        A = uniform((self.rank, in_features), bound, W, generator)
+        return {"A": A, "B": A.new_zeros(out_features, self.rank)}
+
+    def weight(self, W: Tensor, p: dict[str, Tensor]) -> Tensor:
+        return ops.lora_weight(W, p["A"], p["B"], self.scale).to(W.dtype)
+
+    def forward(self, x: Tensor, W: Tensor, bias: Tensor | None, p: dict[str, Tensor]) -> Tensor:
+        return ops.lora_linear(x, W, bias, p["A"], p["B"], self.scale)

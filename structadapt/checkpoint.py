@@ -1,0 +1,228 @@
+"""Save and load adapters: one safetensors file, its configuration in the metadata.
+
+Tensors are named `<layer>.<tensor>` as in the adapted model's state dict. The metadata has one
+entry, "structadapt", a JSON object:
+
+    {"format": 1, "version": "0.1.0",
+     "layers": {name: {"adapter": "LoRA", "config": {...}, "shape": [out, in]}}}
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from structadapt.adapters.base import Adapter
+from structadapt.ops import wide_dtype
+from structadapt.surgery import AdaptedLinear, adapted_layers, attach, linear_layers
+from structadapt.targets import near
+
+FORMAT = 1
+
+
+class AdapterFileError(ValueError):
+    """A file that is not a whole adapter file, or not one for this model."""
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the adapters of `model`, and nothing of the base, to a safetensors file.
+
+    Atomic: the file at `path` is the old one or the whole new one, whatever happens. The same
+    adapters give the same bytes. Raises ValueError if the model is not adapted, OSError if the
+    file cannot be written.
+    """
+    layers = adapted_layers(model)
+    header = {
+        "format": FORMAT,
+        "version": version("structadapt"),
+        "layers": {
+            name: {
+                "adapter": type(layer.adapter).__name__,
+                "config": layer.adapter.config(),
+                "shape": [layer.out_features, layer.in_features],
+            }
+            for name, layer in layers.items()
+        },
+    }
+    tensors = {
+        f"{name}.{key}": tensor.detach().contiguous().cpu()
+        for name, layer in layers.items()
+        for key, tensor in layer.tensors().items()
+    }
+    metadata = {"structadapt": json.dumps(header, sort_keys=True)}
+    write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Put the adapters of a file into `model`, in place; returns the model.
+
+    A bare model is adapted as the file says and its other parameters are frozen; a model that is
+    adapted already must have the same adapters on the same layers. Everything is checked before
+    anything changes.
+
+    Raises FileNotFoundError; AdapterFileError (a ValueError) for a file that is truncated,
+    damaged, from a newer format, not finite, or for another model, naming what differs.
+    """
+    saved = read_adapters(path)
+    adapted = {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    candidates = linear_layers(model)
+    found = (_difference(name, layer, candidates) for name, layer in saved.items())
+    differences = [difference for difference in found if difference]
+    if adapted:
+        bare = candidates.keys() - adapted.keys()
+        differences += [f"the file has no {name}" for name in adapted if name not in saved]
+        differences += [f"{name} is not adapted" for name in saved if name in bare]
+    if differences:
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        shown = "; ".join(differences[:3])
+        raise AdapterFileError(f"{path} does not fit this model: {shown}{more}")
+    if not adapted:
+        attach(model, {n: (layer.adapter, layer.like(candidates[n])) for n, layer in saved.items()})
+        return model
+    with torch.no_grad():
+        for name, layer in saved.items():
+            for key, tensor in adapted[name].tensors().items():
+                tensor.copy_(layer.tensors[key])
+    return model
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """One layer of an adapter file."""
+
+    adapter: Adapter
+    shape: tuple[int, int]  # (out, in)
+    tensors: dict[str, Tensor]
+
+    def like(self, linear: nn.Linear) -> dict[str, Tensor]:
+        """The tensors on the device of a layer, in the adapter dtype over it."""
+        weight = linear.weight
+        return {k: t.to(weight.device, wide_dtype(weight.dtype)) for k, t in self.tensors.items()}
+
+
+def is_adapter_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a safetensors file was written by `save`, from its header alone."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return "structadapt" in (file.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise AdapterFileError(f"{path} is truncated or no safetensors file: {error}") from None
+
+
+def read_adapters(path: str | os.PathLike[str]) -> dict[str, SavedLayer]:
+    """The layers of an adapter file by name, checked in themselves. Errors as for `load`."""
+    data = Path(path).read_bytes()
+    try:
+        tensors = safetensors.torch.load(data)
+        header_size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__", {})
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise AdapterFileError(f"{path} is truncated or no safetensors file: {error}") from None
+    if "structadapt" not in metadata:
+        raise AdapterFileError(f"{path} is no structadapt adapter file: its metadata do not say so")
+    try:
+        header = json.loads(metadata["structadapt"])
+        if header["format"] != FORMAT:
+            raise AdapterFileError(
+                f"{path} has format {header['format']!r}, this version reads {FORMAT}: "
+                "update structadapt"
+            )
+        described = {n: _describe(entry) for n, entry in header["layers"].items()}
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise AdapterFileError(f"{path}: its description is damaged: {error!r}") from None
+    except AdapterFileError:
+        raise
+    except ValueError as error:
+        raise AdapterFileError(f"{path}: {error}") from None
+    if not described:
+        raise AdapterFileError(f"{path} holds no layer")
+    layers = {}
+    for name, (adapter, shape) in described.items():
+        expected = adapter.init(torch.empty(shape, device="meta"))
+        layers[name] = SavedLayer(adapter, shape, _take(path, tensors, name, expected))
+    if tensors:
+        raise AdapterFileError(f"{path} has tensors of no layer: {', '.join(sorted(tensors)[:3])}")
+    return layers
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that `path` holds its old content or all of `data`, even after a crash."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    if hasattr(os, "O_DIRECTORY"):
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _describe(entry: dict[str, Any]) -> tuple[Adapter, tuple[int, int]]:
+    """The adapter and (out, in) of one layer's entry in the metadata."""
+    kind, config = entry["adapter"], dict(entry["config"])
+    if kind not in Adapter.registry:
+        raise ValueError(f"unknown adapter {kind!r}: known are {', '.join(Adapter.registry)}")
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    out_features, in_features = entry["shape"]
+    if not all(type(n) is int and 0 < n < 2**31 for n in (out_features, in_features)):
+        raise ValueError(f"impossible shape {entry['shape']!r}")
+    return Adapter.registry[kind](**config), (out_features, in_features)
+
+
+def _take(
+    path: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    name: str,
+    expected: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Move one layer's tensors out of `tensors`, each there, of the right shape and finite."""
+    taken = {}
+    for key, like in expected.items():
+        tensor = tensors.pop(f"{name}.{key}", None)
+        if tensor is None:
+            raise AdapterFileError(f"{path}: {name}.{key} is missing")
+        if tensor.shape != like.shape or not tensor.is_floating_point():
+            found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise AdapterFileError(
+                f"{path}: {name}.{key} is {found}, expected floats of shape {tuple(like.shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise AdapterFileError(f"{path}: {name}.{key} is not finite")
+        taken[key] = tensor
+    return taken
+
+
+def _difference(name: str, saved: SavedLayer, candidates: dict[str, nn.Linear]) -> str | None:
+    """What keeps a saved layer from going onto the model, or None."""
+    layer = candidates.get(name)
+    if layer is None:
+        return f"the model has no nn.Linear {name}{near(name, candidates)}"
+    shape = (layer.out_features, layer.in_features)
+    if shape != saved.shape:
+        return f"{name} is {shape[0]} x {shape[1]} (out x in), the file has {saved.shape}"
+    if isinstance(layer, AdaptedLinear) and layer.adapter != saved.adapter:
+        return f"{name} has {layer.adapter}, the file {saved.adapter}"
+    return None

@@ -1,0 +1,175 @@
+"""What the example prints and draws."""
+
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+
+class Progress:
+    """Progress on standard error: a bar on a terminal with tqdm installed, else a few lines."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.bar: Any = None
+        self.began: float | None = None
+        self.dead = False
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    def cold_start(self, step: int, loss: float, accuracy: float | None, target: float) -> None:
+        if accuracy is not None and (step % 25 == 0 or accuracy >= target):
+            self.say(
+                f"cold start, step {step}: loss {loss:.3f}, held-out sampled accuracy "
+                f"{accuracy:.3f} of {target:.2f}"
+            )
+
+    def step(self, record: dict[str, Any], total: int) -> None:
+        """One GRPO step; says in words when the gradient vanishes for the first time."""
+        if self.quiet:
+            return
+        if self.began is None:
+            self.began = time.perf_counter() - record["rollout_seconds"] - record["update_seconds"]
+            self.bar = _bar(total)
+        if record["updates"] == 0 and not self.dead:
+            self.dead = True
+            self.say(
+                f"step {record['step']}: all rewards of every group are equal (mean "
+                f"{record['reward']:.3f}), so all advantages and the gradient are exactly zero"
+            )
+        if self.bar is not None:
+            held_out = record["held_out"]
+            shown = {} if held_out is None else {"held-out": f"{held_out:.2f}"}
+            self.bar.set_postfix(reward=f"{record['reward']:.2f}", **shown, refresh=False)
+            self.bar.update()
+        elif record["held_out"] is not None:
+            done = record["step"] + 1
+            left = (time.perf_counter() - self.began) / done * (total - done)
+            self.say(
+                f"GRPO, step {done}/{total}: reward {record['reward']:.3f}, held-out sampled "
+                f"accuracy {record['held_out']:.3f}, {left:.0f} s left"
+            )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _bar(total: int) -> Any:
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, desc="GRPO", unit="step", file=sys.stderr, dynamic_ncols=True)
+
+
+def result(summary: dict[str, Any], out: Path) -> str:
+    """The screen at the end of a run: accuracy before and after, the update's spectra."""
+    lines = ["", f"{summary['adapter']}, {summary['parameters']:,} trained parameters", ""]
+    lines += _accuracy(summary["before"], summary["after"])
+    lines += [_collapse(summary), "", "The update, layer by layer:", ""]
+    lines += spectra(summary["spectra"])
+    memory = summary["peak_memory_mib"]
+    seconds = summary["seconds"]
+    lines += [
+        "",
+        f"cold start {seconds['cold_start']:.0f} s, GRPO and evaluation {seconds['grpo']:.0f} s"
+        + (f", {memory:,.0f} MiB at most" if memory else ""),
+        f"results in {out}",
+    ]
+    return "\n".join(line for line in lines if line is not None)
+
+
+def _accuracy(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[str]:
+    if before is None or after is None:
+        return ["Stopped early: the adapter as it was is saved, not evaluated."]
+    title = f"{before['problems']} held-out problems"
+    lines = [f"{title:28}{'before':>24}{'after':>24}"]
+    for kind in ("greedy", "sampled"):
+        cells = []
+        for when in (before, after):
+            low, high = when[f"{kind}_interval"]
+            cells.append(f"{when[kind]:.1%} ({low:.1%} to {high:.1%})")
+        lines.append(f"{kind + ' accuracy (95 %)':28}{cells[0]:>24}{cells[1]:>24}")
+    return lines
+
+
+def _collapse(summary: dict[str, Any]) -> str | None:
+    """In words, whether the policy collapsed."""
+    step = summary["collapsed_at"]
+    if step is None:
+        return None
+    dead = [s for s in summary["dead_steps"] if s >= step]
+    text = f"\nCollapsed at step {step}: from there on the reward stays under a tenth of step 0's."
+    if not dead:
+        return text
+    share = f"{len(dead)} of the {summary['steps'] - dead[0]} steps"
+    return (
+        f"{text}\nFrom step {dead[0]} on, in {share}, all rewards of every group are equal: every\n"
+        "advantage and so the gradient is exactly zero. GRPO cannot leave this state by itself.\n"
+        "A lower --lr, or a lower --alpha at the same rank, takes smaller first steps."
+    )
+
+
+def spectra(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of the update, one line a matrix and their medians."""
+    columns = (
+        ("relative_norm", "|dW|/|W|"),
+        ("effective_rank", "eff. rank"),
+        ("effective_rank_energy", "of energy"),
+        ("participation_ratio", "particip."),
+        ("stable_rank", "stable rank"),
+        ("topk_energy", "top-1 energy"),
+    )
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"{'layer':{width}}  {'out x in':>9}" + "".join(f"{head:>14}" for _, head in columns)]
+    for row in rows:
+        shape = "x".join(map(str, row["shape"]))
+        cells = "".join(f"{_number(row[key]):>14}" for key, _ in columns)
+        lines.append(f"{row['name']:{width}}  {shape:>9}{cells}")
+    middle = [[row[key] for row in rows if row[key] is not None] for key, _ in columns]
+    cells = "".join(f"{_number(median(values) if values else None):>14}" for values in middle)
+    return [*lines, f"{'median':{width}}  {'':>9}{cells}"]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if value < 1 else f"{value:.2f}"
+
+
+def curves(steps: list[dict[str, Any]], path: Path, title: str) -> str:
+    """Draw reward and held-out accuracy over the steps to a PNG; returns a line to print."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no picture: pip install 'structadapt[plot]' draws curves.png"
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(
+        [s["step"] for s in steps],
+        [s["reward"] for s in steps],
+        color="#999999",
+        linewidth=1,
+        label="reward of the rollout",
+    )
+    looks = [s for s in steps if s["held_out"] is not None]
+    axes.plot(
+        [s["step"] for s in looks],
+        [s["held_out"] for s in looks],
+        color="#0072B2",
+        marker="o",
+        linewidth=2,
+        label="held-out sampled accuracy",
+    )
+    axes.set(xlabel="GRPO step", ylabel="share of right answers", ylim=(0, 1), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    return f"picture: {path}"

@@ -1,0 +1,69 @@
+"""How well a model does on held-out prompts."""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from structadapt.grpo.loop import Config, RolloutContext, slices
+from structadapt.grpo.rewards import Prompt, Reward, record, score, with_meta
+from structadapt.grpo.rollout import evaluating, generate
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean reward on some prompts, with the 95 % Wilson interval of a reward that is 0 or 1."""
+
+    mean: float
+    low: float
+    high: float
+    count: int  # completions
+
+
+def evaluate(
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    config: Config,
+    *,
+    greedy: bool = False,
+    tokenizer: Any = None,
+    rollout_context: RolloutContext = nullcontext,
+    seed: int = 0,
+    batch_size: int = 512,
+) -> Evaluation:
+    """One completion of each prompt, sampled at the config's temperature or greedy, in eval mode.
+
+    The interval assumes rewards of 0 and 1 (Wilson 1927). ValueError for no prompts.
+    """
+    if not len(prompts):
+        raise ValueError("no prompts to evaluate on")
+    records = [record(prompt, tokenizer) for prompt in prompts]
+    noise = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    rewards, checked = [], with_meta(reward)
+    with evaluating(model), rollout_context():
+        for rows in slices(len(records), batch_size):
+            batch = records[rows]
+            rollout = generate(
+                model,
+                [record.ids for record in batch],
+                eos_token_ids=config.eos_token_ids,
+                max_new_tokens=config.max_new_tokens,
+                temperature=0.0 if greedy else config.temperature,
+                pad_token_id=config.pad_token_id,
+                generator=noise,
+            )
+            rewards.append(score(rollout, batch, checked, config.eos_token_ids, tokenizer))
+    values = torch.cat(rewards)
+    return Evaluation(values.mean().item(), *wilson(values.mean().item(), len(values)), len(values))
+
+
+def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % confidence interval of a proportion seen `count` times (Wilson 1927)."""
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(centre - half, 0.0), min(centre + half, 1.0)

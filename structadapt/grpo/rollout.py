@@ -1,0 +1,235 @@
+"""Sample completions, and the log-probability that a model gives them.
+
+A model is any callable module on token ids. Two forms are understood:
+    transformers: forward(input_ids, attention_mask, position_ids, past_key_values, use_cache)
+        with .logits and .past_key_values in what it returns: sampled with its cache;
+    plain: forward(ids, mask, position_ids) -> logits, or only the first of these arguments:
+        every new token runs the whole sequence.
+logits (N, L, V); ids and position_ids (N, L) int64; mask (N, L) int64, 1 where there is a token.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structadapt import ops
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N sampled sequences: prompts padded on the left, completions on the right."""
+
+    prompt: Tensor  # (N, P) int64
+    prompt_mask: Tensor  # (N, P) int64
+    completion: Tensor  # (N, T) int64
+    mask: Tensor  # (N, T) int64: 1 from the first new token through the end-of-sequence token
+    logp: Tensor  # (N, T) float: of each token when it was drawn, at the sampling temperature
+    entropy: Tensor  # (N, T) float: of the distribution it was drawn from, nats
+    truncated: Tensor  # (N,) bool: no end-of-sequence token within the limit
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def __getitem__(self, rows: slice) -> "Rollout":
+        """Some of the sequences, without the columns that none of them uses."""
+        part = Rollout(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+        width = max(int(part.mask.sum(1).max()), 1)
+        new = {n: getattr(part, n)[:, :width] for n in ("completion", "mask", "logp", "entropy")}
+        return Rollout(part.prompt, part.prompt_mask, **new, truncated=part.truncated)
+
+    def completions(self, eos_token_ids: Sequence[int]) -> list[list[int]]:
+        """The new tokens of each sequence, without the end-of-sequence token."""
+        lengths = self.mask.sum(1).tolist()
+        kept = [row[:n] for row, n in zip(self.completion.tolist(), lengths, strict=True)]
+        return [ids[:-1] if ids and ids[-1] in eos_token_ids else ids for ids in kept]
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_token_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    pad_token_id: int = 0,
+    generator: torch.Generator | None = None,
+    share_prompts: bool = False,
+) -> Rollout:
+    """Sample one completion of each prompt; `temperature=0` takes the likeliest token each time.
+
+    The pad token may equal an end-of-sequence token: masks go by position. The model runs as it
+    is: see `evaluating` for eval mode. generator: on the model's device. share_prompts: run equal
+    prompts that stand together once; needs a model with a cache.
+
+    Raises ValueError for an empty prompt; prompts of unequal lengths for a model whose forward
+    takes no mask; share_prompts for a model without a cache.
+    """
+    device = next(model.parameters()).device
+    prompt, prompt_mask = _pad_left(prompts, pad_token_id, device)
+    network = _Network(model, padded=not bool(prompt_mask.all()))
+    eos = torch.tensor(list(eos_token_ids), device=device, dtype=torch.long)
+    alive = torch.ones(len(prompt), dtype=torch.bool, device=device)
+    logits = network.start(prompt, prompt_mask, share_prompts)
+    mask = prompt_mask
+    columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for position in range(max_new_tokens):
+        token = _draw(logits, temperature, generator)
+        logp, entropy = ops.token_logprobs(logits, token, temperature or 1.0)
+        token = torch.where(alive, token, pad_token_id)
+        columns.append((token, alive.long(), logp * alive, entropy * alive))
+        mask = torch.cat([mask, alive.long()[:, None]], 1)
+        alive = alive & ~torch.isin(token, eos)
+        if not alive.any() or position + 1 == max_new_tokens:
+            break
+        logits = network.extend(token[:, None], mask)[:, -1]
+    completion, completion_mask, logps, entropies = (
+        torch.stack(c, 1) for c in zip(*columns, strict=True)
+    )
+    return Rollout(prompt, prompt_mask, completion, completion_mask, logps, entropies, alive)
+
+
+def logprobs(
+    model: nn.Module, rollout: Rollout, temperature: float = 1.0, share_prompts: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every completion token, (N, T) each, in nats.
+
+    The same temperature as in sampling; fp32 softmax; the entropy carries no gradient. Values
+    where the mask is 0 mean nothing. share_prompts: as for `generate`; the gradient then goes
+    through the cache, which must not be detached from the graph.
+    """
+    new = rollout.completion[:, :-1]
+    mask = torch.cat([rollout.prompt_mask, rollout.mask], 1)[:, :-1]
+    network = _Network(model, padded=not bool(rollout.prompt_mask.all()))
+    if share_prompts:
+        logits = network.start(rollout.prompt, rollout.prompt_mask, share_prompts)[:, None]
+        if new.shape[1]:
+            logits = torch.cat([logits, network.extend(new, mask)], 1)
+    else:
+        ids = torch.cat([rollout.prompt, new], 1)
+        logits = network.logits(ids, mask)[:, rollout.prompt.shape[1] - 1 :]
+    return ops.token_logprobs(logits, rollout.completion, temperature)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, then every module's own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class _Network:
+    """One way to call a model of either form; keeps the cache between tokens."""
+
+    def __init__(self, model: nn.Module, padded: bool) -> None:
+        parameters = inspect.signature(model.forward).parameters
+        self.model = model
+        self.cached = "past_key_values" in parameters and "use_cache" in parameters
+        self.by_keyword = "attention_mask" in parameters
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        kinds = [p.kind for p in parameters.values()]
+        self.takes = 3 if inspect.Parameter.VAR_POSITIONAL in kinds else 0
+        self.takes = self.takes or min(sum(kind in positional for kind in kinds), 3)
+        if padded and not self.by_keyword and self.takes < 2:
+            raise ValueError(
+                f"prompts of unequal lengths need padding, and {type(model).__name__}.forward "
+                "takes no mask: pass prompts of one length, or take (ids, mask, position_ids)"
+            )
+        self.cache: Any = None
+        self.ids: Tensor | None = None  # all so far, for a model without a cache
+
+    def logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(N, L, V) of whole sequences, without a cache."""
+        return _logits(self._call(ids, mask, _positions(mask)))
+
+    def start(self, ids: Tensor, mask: Tensor, share: bool) -> Tensor:
+        """(N, V) after the prompts; `extend` goes on from there."""
+        if not self.cached:
+            if share:
+                kind = type(self.model).__name__
+                raise ValueError(f"share_prompts needs a cache, and {kind}.forward takes none")
+            self.ids = ids
+            return self.logits(ids, mask)[:, -1]
+        rows = torch.arange(len(ids), device=ids.device)
+        if share:
+            both, rows = torch.unique_consecutive(
+                torch.cat([ids, mask], 1), dim=0, return_inverse=True
+            )
+            ids, mask = both.chunk(2, 1)
+        out = self._call(ids, mask, _positions(mask), use_cache=True)
+        self.cache = _cache(out)
+        if share:
+            self.cache = _take_rows(self.cache, rows)
+        return _logits(out)[rows, -1]
+
+    def extend(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(N, L, V) of L more tokens; the mask is that of the whole sequence."""
+        if self.ids is not None:
+            self.ids = torch.cat([self.ids, ids], 1)
+            return self.logits(self.ids, mask)[:, -ids.shape[1] :]
+        positions = _positions(mask)[:, -ids.shape[1] :]
+        out = self._call(ids, mask, positions, past_key_values=self.cache, use_cache=True)
+        self.cache = _cache(out)
+        return _logits(out)
+
+    def _call(self, ids: Tensor, mask: Tensor, positions: Tensor, **cache: Any) -> Any:
+        if self.by_keyword:
+            if self.cached and not cache:
+                cache = {"use_cache": False}
+            return self.model(ids, attention_mask=mask, position_ids=positions, **cache)
+        return self.model(*(ids, mask, positions)[: self.takes], **cache)
+
+
+def _cache(out: Any) -> Any:
+    cache = out[1] if isinstance(out, tuple) else out.past_key_values
+    if cache is None:
+        raise ValueError("the model returned no cache though use_cache=True was passed")
+    return cache
+
+
+def _take_rows(cache: Any, rows: Tensor) -> Any:
+    """The cache of some sequences: transformers' own, or keys and values of every layer."""
+    if hasattr(cache, "batch_select_indices"):
+        cache.batch_select_indices(rows)
+        return cache
+    return [(keys[rows], values[rows]) for keys, values in cache]
+
+
+def _logits(out: Any) -> Tensor:
+    if isinstance(out, Tensor):
+        return out
+    return out[0] if isinstance(out, tuple) else out.logits
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """0 for the first real token of each row, also after padding on the left."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _pad_left(
+    prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    lengths = [len(p) for p in prompts]
+    if not lengths or not min(lengths):
+        raise ValueError(f"every prompt needs at least one token, got lengths {lengths[:10]}")
+    width = max(lengths)
+    ids = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
+    return ids.to(device), mask.to(device)
+
+
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.float() / temperature, -1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
