@@ -10,6 +10,7 @@ computes norms and magnitudes in at least fp32.
 """
 
 import string
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -76,11 +77,18 @@ def dora_linear(
     output bit for bit.
     """
     y = F.linear(x, W, bias)
-    with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
+    with torch.no_grad(), _no_autocast(W.device):
         V = lora_weight(W, A, B, scale)
     g = dora_gain(V, m)
     frozen = y if bias is None else y - bias
     return y + ((g - 1) * frozen + g * low_rank(x, A, B, scale)).to(y.dtype)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would take the norm in bf16. The meta device has no autocast to turn off."""
+    if device.type == "meta":
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 # -- QuanTA ----------------------------------------------------------------------------------------
@@ -114,10 +122,10 @@ def quanta_gate(u: Tensor, gate: Tensor, early: int, late: int) -> Tensor:
 def quanta_apply(x: Tensor, gates: list[Tensor]) -> Tensor:
     """T x: all gates in order. x (..., d1 d2 ... dN) -> (..., d1' d2' ... dN')."""
     sizes = quanta_axes(gates)
-    u = x.reshape(-1, *sizes)
+    u = x.reshape(x.shape[:-1].numel(), *sizes)
     for gate, (early, late) in zip(gates, quanta_pairs(len(sizes)), strict=True):
         u = quanta_gate(u, gate, early, late)
-    return u.reshape(*x.shape[:-1], -1)
+    return u.reshape(*x.shape[:-1], u.shape[1:].numel())
 
 
 def eye_gate(gate: Tensor) -> Tensor:
@@ -146,7 +154,7 @@ def quanta_apply_minus_eye(x: Tensor, gates: list[Tensor]) -> Tensor:
     and identity gates give exactly zero.
     """
     sizes = quanta_axes(gates)
-    u = x.reshape(-1, *sizes)  # E x so far
+    u = x.reshape(x.shape[:-1].numel(), *sizes)  # E x so far
     difference = None
     for gate, (early, late) in zip(gates, quanta_pairs(len(sizes)), strict=True):
         full = u if difference is None else u + difference
@@ -157,7 +165,7 @@ def quanta_apply_minus_eye(x: Tensor, gates: list[Tensor]) -> Tensor:
         else:
             difference = _like_eye_gate(difference, gate, early, late) + moved
     assert difference is not None
-    return difference.reshape(*x.shape[:-1], -1)
+    return difference.reshape(*x.shape[:-1], difference.shape[1:].numel())
 
 
 # -- log-probabilities -----------------------------------------------------------------------------

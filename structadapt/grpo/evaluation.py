@@ -58,7 +58,7 @@ def evaluate(
                 generator=noise,
             )
             rewards.append(score(rollout, batch, checked, config.eos_token_ids, tokenizer))
-    values = torch.cat(rewards)
+    values = torch.cat(rewards).double()
     return Evaluation(values.mean().item(), *wilson(values.mean().item(), len(values)), len(values))
 
 

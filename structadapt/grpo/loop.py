@@ -160,8 +160,8 @@ def _steps(
         yield Step(
             step=step,
             prompts=start + len(batch),
-            reward=rewards.mean().item(),
-            reward_std=rewards.std().item() if rewards.numel() > 1 else 0.0,
+            reward=rewards.double().mean().item(),
+            reward_std=rewards.double().std().item() if rewards.numel() > 1 else 0.0,
             zero_std_fraction=objective.equal_groups(rewards).float().mean().item(),
             length=tokens / len(rollout),
             truncated=rollout.truncated.float().mean().item(),

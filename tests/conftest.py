@@ -1,0 +1,94 @@
+import pytest
+import torch
+from hypothesis import settings
+from torch import nn
+
+import structadapt as sa
+
+settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("default")
+
+# Every adapter with every way to start or scale it. A new adapter is one more line.
+ADAPTERS = (
+    sa.LoRA(rank=3, alpha=5.0),
+    sa.LoRA(rank=3, alpha=5.0, scaling="alpha/sqrt(r)"),
+    sa.LoRA(rank=2, alpha=0.5, scaling="constant"),
+    sa.LoRA(rank=40),
+    sa.DoRA(rank=3, alpha=5.0),
+    sa.QuanTA(axes=3),
+    sa.QuanTA(axes=3, init="paper"),
+    sa.QuanTA(axes=3, init="zero_last"),
+    sa.QuanTA(axes=4),
+    sa.QuanTA(axes=5, init="paper"),
+)
+
+
+def pytest_generate_tests(metafunc):
+    if "adapter" in metafunc.fixturenames:
+        metafunc.parametrize("adapter", ADAPTERS, ids=repr)
+
+
+def perturb(p, scale=0.3, seed=1):
+    """The same tensors after some imaginary training; frozen ones stay."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = {
+        k: scale * torch.randn(t.shape, generator=generator, dtype=t.dtype) for k, t in p.items()
+    }
+    return {k: t if k.startswith("frozen_") else t + noise[k] for k, t in p.items()}
+
+
+class Net(nn.Module):
+    """Two blocks and a head, square and rectangular layers, with and without bias."""
+
+    def __init__(self, width: int = 32, vocab: int = 11) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab, width)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "attn": nn.Linear(width, width),
+                    "up": nn.Linear(width, 2 * width, bias=False),
+                    "down": nn.Linear(2 * width, width),
+                }
+            )
+            for _ in range(2)
+        )
+        self.lm_head = nn.Linear(width, vocab, bias=False)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + block["attn"](x).cumsum(1) / 8
+            x = x + block["down"](torch.relu(block["up"](x)))
+        return self.lm_head(x)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def train_a_little():
+    """Move the adapters of a model away from where they started."""
+
+    def move(model, scale=0.05, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in sa.adapter_parameters(model):
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(scale * noise.to(parameter.dtype))
+        return model
+
+    return move
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 11, (3, 7), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(name="perturb")
+def perturb_fixture():
+    return perturb

@@ -1,0 +1,179 @@
+"""Adapter files: exact round trips, and refusals that change nothing."""
+
+import copy
+import json
+import os
+import stat
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import structadapt as sa
+from structadapt.checkpoint import AdapterFileError, read_adapters
+
+
+def parts(path):
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size])["__metadata__"], safetensors.torch.load(data)
+
+
+def write(path, metadata, tensors):
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+
+
+def edited(path, change):
+    """The same file with its JSON description changed."""
+    metadata, tensors = parts(path)
+    header = json.loads(metadata["structadapt"])
+    change(header)
+    write(path, {"structadapt": json.dumps(header)}, tensors)
+
+
+@pytest.fixture
+def saved(net, tmp_path, train_a_little):
+    """(a fresh copy of the base, an adapter file of it)"""
+    base = copy.deepcopy(net)
+    sa.save(train_a_little(sa.adapt(net, sa.LoRA(rank=2))), tmp_path / "adapter.safetensors")
+    return base, tmp_path / "adapter.safetensors"
+
+
+def test_a_round_trip_is_exact(net, ids, adapter, tmp_path, train_a_little):
+    bare, path = copy.deepcopy(net), tmp_path / "a.safetensors"
+    train_a_little(sa.adapt(net, adapter))
+    expected = net(ids)
+    sa.save(net, path)
+    assert sa.load(bare, path) is bare
+    assert torch.equal(bare(ids), expected) and sa.summary(bare) == sa.summary(net)
+    assert {n: p.requires_grad for n, p in bare.named_parameters()} == {
+        n: p.requires_grad for n, p in net.named_parameters()
+    }
+    train_a_little(bare)
+    parameters = [id(p) for p in bare.parameters()]
+    assert not torch.equal(bare(ids), expected)
+    sa.load(bare, path)  # into an adapted model: the optimizer's parameters stay
+    assert torch.equal(bare(ids), expected) and [id(p) for p in bare.parameters()] == parameters
+
+
+def test_only_adapters_are_saved_and_merged_or_not_is_the_same(net, tmp_path, train_a_little):
+    train_a_little(sa.adapt(sa.adapt(net, sa.QuanTA(init="paper"), "attn"), sa.DoRA(rank=2), "up"))
+    sa.save(net, tmp_path / "a")
+    with sa.merged(net):
+        sa.save(net, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    names = {n for n in net.state_dict() if not n.endswith(("weight", "bias"))}
+    assert parts(tmp_path / "a")[1].keys() == names
+    assert stat.S_IMODE(os.stat(tmp_path / "a").st_mode) & stat.S_IRGRP
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_dtypes_follow_the_base(saved, ids):
+    base, path = saved
+    bare = sa.load(copy.deepcopy(base).double(), path)
+    assert {p.dtype for p in sa.adapter_parameters(bare)} == {torch.float64}
+    bare = sa.load(base.bfloat16(), path)
+    assert {p.dtype for p in sa.adapter_parameters(bare)} == {torch.float32}
+    assert bare(ids).dtype == torch.bfloat16
+
+
+def refuse(model, path, words):
+    """Loading is refused in one line, and leaves the model as it was."""
+    before, text = {k: v.clone() for k, v in model.state_dict().items()}, repr(model)
+    trained = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(AdapterFileError, match=words) as error:
+        sa.load(model, path)
+    assert "\n" not in str(error.value)
+    assert repr(model) == text and [p.requires_grad for p in model.parameters()] == trained
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_every_truncation_is_refused(saved):
+    base, path = saved
+    data = path.read_bytes()
+    for size in [0, 3, 8, 9, 100, len(data) // 2, len(data) - 1]:
+        path.write_bytes(data[:size])
+        refuse(base, path, "is truncated or no safetensors file")
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    refuse(base, path, "is truncated or no safetensors file")
+
+
+def test_a_foreign_safetensors_file_is_refused(saved):
+    base, path = saved
+    safetensors.torch.save_file({"weight": torch.ones(2, 2)}, path)
+    refuse(base, path, "is no structadapt adapter file")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda h: h.update(format=2), "has format 2, this version reads 1: update"),
+        (lambda h: h.pop("layers"), "description is damaged: KeyError"),
+        (lambda h: h.update(layers=[1]), "description is damaged"),
+        (lambda h: h.update(layers={}), "holds no layer"),
+        (lambda h: h["layers"]["blocks.0.up"].update(adapter="VeRA"), "unknown adapter 'VeRA'"),
+        (lambda h: h["layers"]["blocks.0.up"]["config"].update(rank=0), "rank must be a positive"),
+        (lambda h: h["layers"]["blocks.0.up"]["config"].update(rank=3), r"blocks.0.up.A is torch.float32 of shape \(2, 32\), expected floats of shape \(3, 32\)"),  # noqa: E501
+        (lambda h: h["layers"]["blocks.0.up"]["config"].update(rank=10**9), "expected floats of shape"),  # noqa: E501
+        (lambda h: h["layers"]["blocks.0.up"]["config"].update(depth=1), "damaged: TypeError"),
+        (lambda h: h["layers"]["blocks.0.up"].update(shape=[64]), "not enough values"),
+        (lambda h: h["layers"]["blocks.0.up"].update(shape=[64, -1]), "impossible shape"),
+        (lambda h: h["layers"].pop("blocks.0.up"), "has tensors of no layer: blocks.0.up.A"),
+    ],
+)  # fmt: skip
+def test_a_damaged_description_is_refused(saved, change, words):
+    base, path = saved
+    edited(path, change)
+    refuse(base, path, words)
+
+
+def test_damaged_tensors_are_refused(saved):
+    base, path = saved
+    metadata, tensors = parts(path)
+    for name, tensor, words in [
+        ("blocks.0.up.A", None, "blocks.0.up.A is missing"),
+        ("blocks.0.up.A", torch.full((2, 32), torch.nan), "blocks.0.up.A is not finite"),
+        ("blocks.0.up.A", torch.ones(2, 32, dtype=torch.int32), "is torch.int32 of shape"),
+        ("blocks.0.up.C", torch.ones(1), "has tensors of no layer: blocks.0.up.C"),
+    ]:
+        broken = {**tensors, name: tensor}
+        write(path, metadata, {k: v for k, v in broken.items() if v is not None})
+        refuse(base, path, words)
+
+
+def test_an_adapter_for_another_model_is_refused(saved, train_a_little):
+    base, path = saved
+    other = copy.deepcopy(base)
+    other.blocks[0]["up"] = nn.Linear(32, 48)
+    refuse(other, path, r"blocks.0.up is 48 x 32 \(out x in\), the file has \(64, 32\)")
+    del other.blocks[1]
+    refuse(other, path, r"no nn.Linear blocks.1.attn \(near: blocks.0.attn.*\(and 1 more\)")
+    refuse(sa.adapt(copy.deepcopy(base), sa.LoRA(rank=4)), path, r"blocks.0.attn has LoRA\(rank=4")
+    refuse(sa.adapt(copy.deepcopy(base), sa.LoRA(rank=2), "up"), path, "blocks.0.attn is not adapt")
+    wider = sa.adapt(copy.deepcopy(base), sa.LoRA(rank=2), ["all-linear", "lm_head"])
+    refuse(wider, path, "the file has no lm_head")
+
+
+def test_saving_is_all_or_nothing(net, tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(ValueError, match="no adapted layer"):
+        sa.save(net, path)
+    sa.save(sa.adapt(net, sa.LoRA(rank=2)), path)
+    before = path.read_bytes()
+    with pytest.raises(FileNotFoundError):
+        sa.save(net, tmp_path / "nowhere" / "a.safetensors")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    net.blocks[0]["up"].B.data.add_(1)
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(os, call, full)
+            sa.save(net, path)
+        assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+    sa.save(net, path)
+    assert path.read_bytes() != before
+    with pytest.raises(FileNotFoundError):
+        read_adapters(tmp_path / "missing")

@@ -1,0 +1,367 @@
+"""Putting adapters on a model and taking their effect out again."""
+
+import copy
+import io
+import pickle
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import structadapt as sa
+
+TARGET = "all-linear"
+LINEAR = [f"blocks.{i}.{n}" for i in range(2) for n in ("attn", "up", "down")]
+
+
+def bits(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def adapted_names(model):
+    return [n for n, m in model.named_modules() if isinstance(m, sa.AdaptedLinear)]
+
+
+# -- adapt -----------------------------------------------------------------------------------------
+
+
+def test_adapt_keeps_the_layer_its_keys_and_its_output(net, ids, adapter):
+    base, expected = bits(net), net(ids)
+    layers = dict(net.named_modules())
+    weights = {n: layers[n].weight for n in LINEAR}
+    assert sa.adapt(net, adapter) is net
+    assert adapted_names(net) == LINEAR
+    for name in LINEAR:
+        assert net.get_submodule(name) is layers[name] and isinstance(layers[name], nn.Linear)
+        assert layers[name].weight is weights[name]
+    assert torch.equal(net(ids), expected)
+    assert torch.equal(net.eval()(ids), expected)
+    state = net.state_dict()
+    assert same({k: state[k] for k in base}, base)
+    missing, unexpected = net.load_state_dict(base, strict=False)
+    assert not unexpected and set(missing) == state.keys() - base.keys()
+
+
+def test_only_adapters_train(net, ids, adapter):
+    sa.adapt(net, adapter)
+    trained = {n for n, p in net.named_parameters() if p.requires_grad}
+    tensors = {n for n in net.state_dict() if n.rsplit(".", 1)[-1] not in ("weight", "bias")}
+    assert trained == {n for n in tensors if ".frozen_" not in n}
+    assert {id(p) for p in sa.adapter_parameters(net)} == {
+        id(p) for p in net.parameters() if p.requires_grad
+    }
+    assert all(p.dtype == torch.float32 for p in sa.adapter_parameters(net))
+    before = bits(net)
+    optimizer = torch.optim.SGD(sa.adapter_parameters(net), lr=0.1)
+    net(ids).square().sum().backward()
+    optimizer.step()
+    changed = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and changed <= trained
+
+
+def test_adapters_are_fp32_over_a_bf16_base(net, ids, adapter, train_a_little):
+    net.bfloat16()
+    expected = net(ids)
+    sa.adapt(net, adapter)
+    assert all(p.dtype == torch.float32 for p in sa.adapter_parameters(net))
+    assert torch.equal(net(ids), expected)
+    train_a_little(net)
+    net(ids).float().square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in sa.adapter_parameters(net))
+    assert net(ids).dtype == torch.bfloat16
+
+
+def test_fresh_tensors_depend_on_seed_and_name_alone(net):
+    other = copy.deepcopy(net)
+    state = torch.get_rng_state()
+    sa.adapt(net, sa.LoRA())
+    assert torch.equal(torch.get_rng_state(), state)
+    sa.adapt(other, sa.LoRA(), "blocks.1.attn")  # other layers, other order
+    assert torch.equal(net.blocks[1]["attn"].A, other.blocks[1]["attn"].A)
+    assert not torch.equal(net.blocks[0]["attn"].A, net.blocks[1]["attn"].A)
+    third = sa.adapt(copy.deepcopy(other), sa.LoRA(), "blocks.0.attn", seed=1)
+    assert not torch.equal(third.blocks[0]["attn"].A, net.blocks[0]["attn"].A)
+
+
+def test_a_second_adapter_on_other_layers(net, ids):
+    sa.adapt(net, sa.LoRA(rank=2), "attn")
+    sa.adapt(net, sa.QuanTA(), "up")
+    kinds = {n: type(net.get_submodule(n).adapter).__name__ for n in adapted_names(net)}
+    assert kinds == {
+        n: "LoRA" if n.endswith("attn") else "QuanTA" for n in LINEAR if not n.endswith("down")
+    }
+    net(ids).square().sum().backward()
+    assert all(p.grad is not None for p in sa.adapter_parameters(net))
+    assert len(list(sa.adapter_parameters(net))) == 2 * 2 + 2 * 3
+    with pytest.raises(ValueError, match=r"blocks.0.attn is adapted already, with LoRA\(rank=2"):
+        sa.adapt(net, sa.LoRA(), TARGET)
+
+
+@pytest.mark.parametrize(
+    "target, expected",
+    [
+        ("all-linear", LINEAR),
+        ("attn", ["blocks.0.attn", "blocks.1.attn"]),
+        ("blocks.0.attn", ["blocks.0.attn"]),
+        (r"blocks\.1\..*", LINEAR[3:]),
+        ("up|down", [n for n in LINEAR if not n.endswith("attn")]),
+        (["blocks.0.up", "lm_head"], ["blocks.0.up", "lm_head"]),
+        (lambda name, module: module.bias is None, ["blocks.0.up", "blocks.1.up", "lm_head"]),
+        (["attn", lambda name, module: name == "lm_head"],
+         ["blocks.0.attn", "blocks.1.attn", "lm_head"]),
+    ],
+)  # fmt: skip
+def test_targets(net, target, expected):
+    assert adapted_names(sa.adapt(net, sa.LoRA(), target)) == expected
+
+
+def test_exclude(net):
+    sa.adapt(net, sa.LoRA(), exclude=["down", r"blocks\.0\.up"])
+    assert adapted_names(net) == ["blocks.0.attn", "blocks.1.attn", "blocks.1.up"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"target": "atn"}, r"target 'atn' matches no nn.Linear \(near: blocks.0.attn"),
+        ({"target": ["attn", "upp"]}, r"'upp' matches no nn.Linear \(near: blocks.0.up\b"),
+        ({"target": "blocks.0.atn"}, r"near: blocks.0.attn"),
+        ({"target": "zzz"}, r"near: blocks.0.attn, blocks.0.up, blocks.0.down, lm_head"),
+        ({"target": "tt"}, "matches no nn.Linear"),
+        ({"target": "embed"}, "matches embed, a Embedding: only nn.Linear can be adapted"),
+        ({"target": "("}, "is not a regular expression"),
+        ({"target": []}, "no layer to adapt"),
+        ({"target": lambda n, m: False}, "matches none of the model's 7 nn.Linear layers"),
+        ({"exclude": "dwn"}, r"exclude 'dwn' matches no nn.Linear \(near: blocks.0.down"),
+        ({"target": "up", "exclude": "all-linear"}, "no layer to adapt: target 'up', exclude"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_changes_nothing(net, arguments, words):
+    before = repr(net)
+    for function in (sa.adapt, sa.plan):
+        with pytest.raises(ValueError, match=words):
+            function(net, sa.LoRA(), **arguments)
+    assert repr(net) == before and all(p.requires_grad for p in net.parameters())
+
+
+def test_a_layer_that_does_not_suit_the_adapter_changes_nothing(net):
+    net.odd = nn.Linear(13, 32)
+    before = repr(net)
+    for function in (sa.adapt, sa.plan):
+        with pytest.raises(ValueError, match="^odd: QuanTA: 13 -> 32 does not factor"):
+            function(net, sa.QuanTA())
+    assert repr(net) == before and all(p.requires_grad for p in net.parameters())
+
+
+def test_wrong_order_is_refused(net, ids):
+    with pytest.raises(TypeError, match=r"adapter must be one of LoRA\(\), DoRA\(\), QuanTA\(\)"):
+        sa.adapt(net, "lora")
+    with torch.inference_mode():
+        frozen = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(RuntimeError, match="0 was built under torch.inference_mode"):
+        sa.adapt(frozen, sa.LoRA())
+    for compiled in (
+        torch.compile(net, backend="eager"),
+        nn.Sequential(torch.compile(net, backend="eager")),
+    ):
+        with pytest.raises(RuntimeError, match="is compiled: adapt first, then compile"):
+            sa.adapt(compiled, sa.LoRA())
+    layer = nn.Linear(4, 4)
+    layer.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="Linear is compiled"):
+        sa.adapt(layer, sa.LoRA())
+    sa.merge(sa.adapt(net, sa.LoRA(), "attn"))
+    with pytest.raises(RuntimeError, match="is merged: unmerge first"):
+        sa.adapt(net, sa.LoRA(), "up")
+
+
+def test_subclasses_with_their_own_forward_are_left_alone():
+    """nn.MultiheadAttention never calls its out_proj: an adapter there would do nothing."""
+    model = nn.ModuleDict({"mha": nn.MultiheadAttention(16, 2), "out": nn.Linear(16, 16)})
+    assert adapted_names(sa.adapt(model, sa.LoRA())) == ["out"]
+    with pytest.raises(ValueError, match="a NonDynamicallyQuantizableLinear: only nn.Linear"):
+        sa.adapt(nn.MultiheadAttention(16, 2), sa.LoRA(), "out_proj")
+
+
+def test_a_layer_under_two_names_is_adapted_once_and_everywhere(train_a_little):
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    sa.adapt(model, sa.LoRA(rank=2))
+    train_a_little(model)
+    assert len(list(sa.adapter_parameters(model))) == 2 and model[0] is model[2]
+    x = torch.randn(3, 8)
+    W = shared.weight + next(iter(sa.delta_weights(model)))[1]
+    hidden = F.linear(torch.relu(F.linear(x, W, shared.bias)), W, shared.bias)
+    torch.testing.assert_close(model(x), hidden)
+
+
+def test_hooks_copies_and_pickles_survive(net, ids, adapter, train_a_little):
+    calls = []
+    net.blocks[0]["attn"].register_forward_hook(lambda *a: calls.append(1))
+    train_a_little(sa.adapt(net, adapter))
+    expected = net(ids)
+    assert calls
+    net.blocks[0]["attn"]._forward_hooks.clear()
+    buffer = io.BytesIO(pickle.dumps(net))
+    for twin in (copy.deepcopy(net), pickle.load(buffer)):
+        assert torch.equal(twin(ids), expected)
+        train_a_little(twin)
+    assert torch.equal(net(ids), expected)
+
+
+def test_torch_compile_without_a_graph_break(adapter, train_a_little):
+    torch._dynamo.reset()
+    model = train_a_little(sa.adapt(nn.Sequential(nn.Linear(48, 96)), adapter))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 48)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    compiled(x).square().sum().backward()
+    assert all(p.grad is not None for p in sa.adapter_parameters(model))
+
+
+# -- disabled --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_law_4_disabled_is_the_base_model_bit_for_bit(net, ids, adapter, dtype, train_a_little):
+    net.to(dtype)
+    base = net(ids)
+    train_a_little(sa.adapt(net, adapter))
+    adapted = net(ids)
+    assert not torch.equal(adapted, base)
+    with sa.disabled(net):
+        assert torch.equal(net(ids), base)
+        with sa.disabled(net):
+            assert torch.equal(net(ids), base)
+        assert torch.equal(net(ids), base)
+    assert torch.equal(net(ids), adapted)
+    with sa.merged(net), sa.disabled(net):
+        assert torch.equal(net(ids), base)
+    with pytest.raises(KeyError), sa.disabled(net):
+        raise KeyError
+    assert torch.equal(net(ids), adapted)
+
+
+# -- merge -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_law_3_unmerge_restores_the_base_bit_for_bit(net, adapter, dtype, train_a_little):
+    net.to(dtype)
+    sa.adapt(net, adapter, r"blocks\.0\..*")
+    base = {n: net.get_submodule(n).weight.detach().clone() for n in LINEAR}
+    for cycle in range(100):
+        train_a_little(net, scale=0.01, seed=cycle)
+        sa.merge(net)
+        assert not torch.equal(net.blocks[0]["attn"].weight, base["blocks.0.attn"])
+        sa.unmerge(net)
+    assert all(torch.equal(net.get_submodule(n).weight, base[n]) for n in LINEAR)
+
+
+def test_merged_weights_are_the_adapted_ones(net, ids, adapter, train_a_little):
+    train_a_little(sa.adapt(net, adapter))
+    expected, deltas = net(ids), dict(sa.delta_weights(net))
+    parameters = [id(p) for p in net.parameters()]
+    base = {n: net.get_submodule(n).weight.detach().clone() for n in LINEAR}
+    with sa.merged(net):
+        torch.testing.assert_close(net(ids), expected, rtol=1e-4, atol=1e-5)
+        assert [id(p) for p in net.parameters()] == parameters
+        for name, delta in sa.delta_weights(net):
+            assert torch.equal(delta, deltas[name]) and delta.dtype == torch.float32
+            merged = net.get_submodule(name).weight
+            torch.testing.assert_close(merged, base[name] + delta, rtol=1e-5, atol=1e-6)
+    assert torch.equal(net(ids), expected)
+    with pytest.raises(KeyError), sa.merged(net):
+        raise KeyError
+    assert torch.equal(net(ids), expected)
+
+
+def test_a_merged_model_moves_whole(net, ids, train_a_little):
+    train_a_little(sa.adapt(net, sa.LoRA()))
+    expected = net.double()(ids)
+    sa.merge(net.float())
+    net.double()
+    sa.unmerge(net)
+    torch.testing.assert_close(net(ids), expected)
+
+
+def test_merge_refuses_and_changes_nothing(net, ids, train_a_little):
+    with pytest.raises(ValueError, match="no adapted layer: call structadapt.adapt"):
+        sa.merge(net)
+    sa.adapt(net, sa.LoRA(), [TARGET, "lm_head"])
+    net.lm_head.weight = net.embed.weight
+    before = bits(net)
+    with pytest.raises(ValueError, match="lm_head and embed share a weight"):
+        sa.merge(net)
+    net.lm_head.weight = nn.Parameter(net.embed.weight.detach().clone(), requires_grad=False)
+    train_a_little(net)
+    before = bits(net)
+    with pytest.raises(RuntimeError, match="blocks.0.attn is not merged"):
+        sa.unmerge(net)
+    sa.merge(net)
+    with pytest.raises(RuntimeError, match="blocks.0.attn is merged already"):
+        sa.merge(net)
+    sa.unmerge(net)
+    assert same(bits(net), before)
+    with torch.no_grad():
+        net.blocks[1]["down"].B[0, 0] = float("nan")
+    before = net.blocks[0]["attn"].weight.clone()
+    with pytest.raises(ValueError, match=r"blocks.1.down: the merged weight is not finite"):
+        sa.merge(net)
+    assert torch.equal(net.blocks[0]["attn"].weight, before)
+
+
+# -- looking ---------------------------------------------------------------------------------------
+
+
+def test_functions_of_an_adapted_model_refuse_a_bare_one(net):
+    for function in (sa.adapter_parameters, sa.delta_weights, sa.summary, sa.unmerge):
+        with pytest.raises(ValueError, match="no adapted layer"):
+            function(net)
+    with pytest.raises(ValueError, match="no adapted layer"), sa.disabled(net):
+        pass
+
+
+def test_delta_weights(net, adapter, train_a_little):
+    train_a_little(sa.adapt(net, adapter))
+    for name, delta in sa.delta_weights(net):
+        layer = net.get_submodule(name)
+        W = layer.weight.double()
+        p = {k: t.double() for k, t in layer.tensors().items()}
+        torch.testing.assert_close(delta, (layer.adapter.weight(W, p) - W).float())
+        assert not delta.requires_grad
+
+
+def test_plan_counts_what_adapt_does(net, adapter):
+    before = repr(net)
+    plan = sa.plan(net, adapter)
+    assert repr(net) == before and [row.name for row in plan] == LINEAR
+    base = sum(p.numel() for p in net.parameters())
+    sa.adapt(net, adapter)
+    assert plan.parameters == sum(p.numel() for p in sa.adapter_parameters(net))
+    assert plan.base_parameters == base
+    summary = sa.summary(net)
+    assert summary == plan
+    for row in summary:
+        layer = net.get_submodule(row.name)
+        assert row.shape == tuple(layer.weight.shape)
+        assert row.tensors == {k: tuple(t.shape) for k, t in layer.tensors().items()}
+    text = str(plan)
+    assert all(name in text for name in LINEAR)
+    assert re.search(rf"6 layers, {plan.parameters:,} trained parameters \([\d.]+% of", text)
+
+
+def test_flops_of_one_token():
+    model = nn.Sequential(nn.Linear(24, 60, bias=False))
+    assert sa.plan(model, sa.LoRA(rank=3)).flops == 2 * 3 * (24 + 60)
+    assert sa.plan(model, sa.DoRA(rank=3)).flops == 2 * 3 * (24 + 60)
+    shapes = sa.plan(model, sa.QuanTA((2, 3, 4))).layers[0].tensors.values()
+    left_alone = [2, 3, 3]  # size of the third axis at each gate; the last has shrunk by then
+    by_hand = sum(2 * n * a * b * c * d for n, (a, b, c, d) in zip(left_alone, shapes, strict=True))
+    assert sa.plan(model, sa.QuanTA((2, 3, 4))).flops == by_hand
