@@ -4,7 +4,7 @@ Tensors are named `<layer>.<tensor>` as in the adapted model's state dict. The m
 entry, "structadapt", a JSON object:
 
     {"format": 1, "version": "0.1.0",
-     "layers": {name: {"adapter": "LoRA", "config": {...}, "shape": [out, in]}}}
+     "layers": {name: {"adapter": "LoRA", "config": {...}, "shape": [out, in]}}}  in model order
 """
 
 import json
@@ -57,7 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, layer in layers.items()
         for key, tensor in layer.tensors().items()
     }
-    metadata = {"structadapt": json.dumps(header, sort_keys=True)}
+    metadata = {"structadapt": json.dumps(header)}
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
 
 
