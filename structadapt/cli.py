@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from structadapt.examples import grpo as grpo_example
+from structadapt.examples.options import add_arguments
 from structadapt.spectra import analyze
 
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=grpo_example.__doc__,
         formatter_class=raw,
     )
-    grpo_example.add_arguments(command)
+    add_arguments(command)
     command.set_defaults(run=grpo_example.main)
 
     command = commands.add_parser(

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import copy
 import json
-import math
 import platform
 import random
 import signal
@@ -32,55 +31,18 @@ from torch import nn
 
 import structadapt as sa
 from structadapt.adapters import Adapter
-from structadapt.checkpoint import read_adapters, write_atomically
+from structadapt.checkpoint import write_atomically
 from structadapt.examples import show, tiny_lm
+from structadapt.examples.options import (
+    Settings,
+    build_adapter,
+    learning_rate,
+    new_directory,
+)
 
-ADAPTERS = ("lora", "dora", "quanta", "full")
 EVAL_EVERY = 16  # steps
 CURVE_PROBLEMS, FINAL_PROBLEMS = 300, 1000  # held-out, for the curve and for the table
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the command line says; None where it says nothing."""
-
-    adapter: str | None = None
-    rank: int | None = None
-    alpha: float | None = None
-    scaling: str | None = None
-    axes: int | tuple[int, ...] | None = None
-    init: str | None = None
-    target: str = "all-linear"
-    load: str | None = None
-    lr: float | None = None
-    seed: int = 0
-    prompts: int = 8192
-    cold_start: float = 0.2
-    out: str | None = None
-
-
-_COLD_START = "sampled held-out accuracy that ends the cold start (default: 0.2; 0: no cold start)"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `structadapt grpo`."""
-    own = "default: the adapter's own"
-    add = parser.add_argument
-    add("--adapter", choices=ADAPTERS, help="default: lora; full trains all the weights")
-    add("--rank", type=int, help=f"rank of LoRA and DoRA ({own}, 8 and 16)")
-    add("--alpha", type=float, help="scale of LoRA and DoRA is alpha / rank (default: 2 rank)")
-    add("--scaling", help="alpha/r, alpha/sqrt(r) or constant (default: alpha/r)")
-    add("--axes", type=_axes, help="QuanTA: number of axes, or sizes as 8x4x4 (default: 3)")
-    add("--init", help="QuanTA: identity, paper or zero_last (default: identity)")
-    add("--target", default="all-linear", help="layers, a regular expression (default: all-linear)")
-    add("--load", metavar="FILE", help="go on from a saved adapter instead of a fresh one")
-    add("--lr", type=float, help="learning rate (default: 2e-3, full: 3e-4)")
-    add("--seed", type=int, default=0, help="of base model, data and noise (default: 0)")
-    add("--prompts", type=int, default=8192, help="prompts of the GRPO epoch (default: 8192)")
-    add("--cold-start", type=float, default=0.2, metavar="ACC", help=_COLD_START)
-    add("--out", metavar="DIR", help="a new directory for the results (default: runs/...)")
-    add("--json", action="store_true", help="print the summary as JSON and nothing else")
-    add("--quiet", action="store_true", help="no progress")
+MAX_PARAMETERS = 20_000_000
 
 
 def main(args: argparse.Namespace) -> int:
@@ -120,15 +82,17 @@ class Run:
         Raises ValueError for settings that make no sense, OSError for a directory that exists or
         cannot be made.
         """
-        for name, low in (("prompts", 1), ("cold_start", 0), ("lr", 0)):
-            value = getattr(settings, name)
-            if value is not None and not low <= value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+        settings.check()
         adapter = build_adapter(settings)
         torch.manual_seed(settings.seed)
         model = tiny_lm.TinyLM()
         if adapter is not None:
-            sa.plan(model, adapter, settings.target)
+            plan = sa.plan(model, adapter, settings.target or "all-linear")
+            if plan.parameters > MAX_PARAMETERS:
+                raise ValueError(
+                    f"{adapter} trains {plan.parameters:,} parameters of a model that has "
+                    f"{plan.base_parameters:,}: choose something smaller"
+                )
         if settings.load is not None:
             sa.load(copy.deepcopy(model), settings.load)
         config = sa.grpo.Config(
@@ -139,9 +103,9 @@ class Run:
             share_prompts=True,
             seed=settings.seed,
         )
-        return cls(settings, adapter, model, config, _new_directory(settings))
+        return cls(settings, adapter, model, config, new_directory(settings))
 
-    def execute(self, progress: "show.Progress", interrupted: Callable[[], bool]) -> dict[str, Any]:
+    def execute(self, progress: show.Progress, interrupted: Callable[[], bool]) -> dict[str, Any]:
         """Cold start, GRPO, evaluation; writes every file of the directory."""
         began = time.perf_counter()
         self._write("config.json", self._describe())
@@ -153,11 +117,10 @@ class Run:
 
         before = None if interrupted() else self._accuracy(FINAL_PROBLEMS)
         steps = self._grpo(parameters, progress, interrupted)
-        after = None if interrupted() else self._accuracy(FINAL_PROBLEMS)
-        trained = time.perf_counter()
-
         self._save()
-        report = sa.spectra.analyze(self.model, None if self.adapter else base)
+        after = None if interrupted() else self._accuracy(FINAL_PROBLEMS)
+        done = time.perf_counter()
+
         progress.say(show.curves(steps, self.out / "curves.png", str(self.adapter or "full")))
         summary = {
             "adapter": repr(self.adapter) if self.adapter else "full fine-tuning",
@@ -168,16 +131,16 @@ class Run:
             "dead_steps": [s["step"] for s in steps if s["updates"] == 0],
             "steps": len(steps),
             "interrupted": interrupted(),
-            "seconds": {"cold_start": cold - began, "grpo": trained - cold},
+            "seconds": {"cold_start": cold - began, "grpo": done - cold},
             "peak_memory_mib": _peak_memory_mib(),
-            "spectra": report.rows,
+            "spectra": sa.spectra.analyze(self.model, None if self.adapter else base).rows,
         }
         self._write("summary.json", summary)
         return summary
 
     # -- the stages --------------------------------------------------------------------------------
 
-    def _cold_start(self, progress: "show.Progress", interrupted: Callable[[], bool]) -> None:
+    def _cold_start(self, progress: show.Progress, interrupted: Callable[[], bool]) -> None:
         def accuracy() -> float:
             return self._evaluate(CURVE_PROBLEMS, greedy=False).mean
 
@@ -197,13 +160,14 @@ class Run:
         if self.settings.load is not None:
             sa.load(self.model, self.settings.load)
         else:
-            sa.adapt(self.model, self.adapter, self.settings.target, seed=self.settings.seed)
+            target = self.settings.target or "all-linear"
+            sa.adapt(self.model, self.adapter, target, seed=self.settings.seed)
         return list(sa.adapter_parameters(self.model))
 
     def _grpo(
         self,
         parameters: list[nn.Parameter],
-        progress: "show.Progress",
+        progress: show.Progress,
         interrupted: Callable[[], bool],
     ) -> list[dict[str, Any]]:
         """One epoch; every step's record, written to metrics.jsonl as it comes."""
@@ -294,66 +258,16 @@ class Run:
         write_atomically(self.out / name, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def build_adapter(settings: Settings) -> Adapter | None:
-    """The adapter that the settings ask for, or None for full fine-tuning.
-
-    ValueError for an option of another adapter, or one beside `load`: the file says it all.
-    """
-    kinds = {"lora": sa.LoRA, "dora": sa.DoRA, "quanta": sa.QuanTA, "full": None}
-    low_rank, gates = {"rank", "alpha", "scaling"}, {"axes", "init"}
-    applies = {"lora": low_rank, "dora": low_rank, "quanta": gates, "full": set()}
-    options = {name: getattr(settings, name) for name in sorted(low_rank | gates)}
-    options = {name: value for name, value in options.items() if value is not None}
-    if settings.load is not None:
-        if settings.adapter is not None or options:
-            raise ValueError("--load brings its own adapter: leave out the adapter's options")
-        return next(iter(read_adapters(settings.load).values())).adapter
-    name = settings.adapter or "lora"
-    if name not in kinds:
-        raise ValueError(f"unknown adapter {name!r}: choose from {', '.join(kinds)}")
-    for option in options.keys() - applies[name]:
-        raise ValueError(f"--{option} does not apply to --adapter {name}")
-    if "rank" in options:
-        options.setdefault("alpha", 2.0 * options["rank"])
-    kind = kinds[name]
-    return None if kind is None else kind(**options)
-
-
-def learning_rate(settings: Settings) -> float:
-    return settings.lr or (3e-4 if settings.adapter == "full" else 2e-3)
-
-
 def collapsed_at(steps: list[dict[str, Any]]) -> int | None:
     """The step from which on the reward stayed under a tenth of step 0's, or None.
 
     At least three steps to the end of the run have to lie under it.
     """
+    if not steps:
+        return None
     alive = [s["step"] for s in steps if s["reward"] >= max(steps[0]["reward"] / 10, 1e-9)]
     first_dead = alive[-1] + 1 if alive else 0
     return first_dead if len(steps) - first_dead >= 3 else None
-
-
-def _new_directory(settings: Settings) -> Path:
-    """Make the directory for the results; one that exists is never written into."""
-    if settings.out is not None:
-        out = Path(settings.out)
-        if out.exists():
-            raise FileExistsError(f"--out {out} exists: choose another name, or remove it")
-        out.mkdir(parents=True)
-        return out
-    name = Path("runs") / f"grpo-{settings.adapter or 'lora'}-seed{settings.seed}"
-    for number in range(1, 10_000):
-        out = name if number == 1 else name.with_name(f"{name.name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            out.mkdir(parents=True)
-            return out
-    raise FileExistsError(f"{name} and thousands like it exist: choose --out")
-
-
-def _axes(text: str) -> int | tuple[int, ...]:
-    """3 or 8x4x4."""
-    sizes = tuple(int(size) for size in text.split("x"))
-    return sizes if len(sizes) > 1 else sizes[0]
 
 
 def _peak_memory_mib() -> float | None:
@@ -387,6 +301,6 @@ def _first_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 if __name__ == "__main__":
-    from structadapt.cli import main as cli_main
+    from structadapt.cli import main as command_line
 
-    sys.exit(cli_main(["grpo", *sys.argv[1:]]))
+    sys.exit(command_line(["grpo", *sys.argv[1:]]))

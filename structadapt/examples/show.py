@@ -13,7 +13,7 @@ class Progress:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.bar: Any = None
-        self.began: float | None = None
+        self.began = 0.0
         self.dead = False
 
     def say(self, line: str) -> None:
@@ -31,7 +31,7 @@ class Progress:
         """One GRPO step; says in words when the gradient vanishes for the first time."""
         if self.quiet:
             return
-        if self.began is None:
+        if not self.began:
             self.began = time.perf_counter() - record["rollout_seconds"] - record["update_seconds"]
             self.bar = _bar(total)
         if record["updates"] == 0 and not self.dead:
@@ -73,7 +73,7 @@ def result(summary: dict[str, Any], out: Path) -> str:
     """The screen at the end of a run: accuracy before and after, the update's spectra."""
     lines = ["", f"{summary['adapter']}, {summary['parameters']:,} trained parameters", ""]
     lines += _accuracy(summary["before"], summary["after"])
-    lines += [_collapse(summary), "", "The update, layer by layer:", ""]
+    lines += [collapse(summary), "", "The update, layer by layer:", ""]
     lines += spectra(summary["spectra"])
     memory = summary["peak_memory_mib"]
     seconds = summary["seconds"]
@@ -100,7 +100,7 @@ def _accuracy(before: dict[str, Any] | None, after: dict[str, Any] | None) -> li
     return lines
 
 
-def _collapse(summary: dict[str, Any]) -> str | None:
+def collapse(summary: dict[str, Any]) -> str | None:
     """In words, whether the policy collapsed."""
     step = summary["collapsed_at"]
     if step is None:

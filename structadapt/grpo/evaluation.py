@@ -66,4 +66,4 @@ def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]
     """The 95 % confidence interval of a proportion seen `count` times (Wilson 1927)."""
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    return max(min(centre - half, share), 0.0), min(max(centre + half, share), 1.0)

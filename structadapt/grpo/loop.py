@@ -101,13 +101,13 @@ def train(
     merge rounds most of a small update away). The update runs in the mode the model is in, on
     the parameters that the optimizer holds.
 
-    A minibatch whose advantages are all exactly 0 has a gradient of exactly 0 and is left out: the
-    optimizer does not step on it, so neither momentum nor weight decay moves the weights.
+    A minibatch whose advantages are all exactly 0 has a gradient of exactly 0 and is left out:
+    optimizer and scheduler do not step, so neither momentum nor weight decay moves the weights.
 
     prompts: token ids, text, or records (see `Prompt`). reward: see `grpo.rewards`.
     tokenizer: anything with encode(text) -> ids and decode(ids) -> text; with one, prompts may be
         text and the reward gets text.
-    scheduler: anything with step(), called once for each minibatch.
+    scheduler: anything with step(), called after each step of the optimizer.
 
     Raises ValueError for no prompts, or prompts of the wrong form (before the first step); while
     running, ValueError for a reward that is not finite, and FloatingPointError for a gradient that
@@ -217,8 +217,8 @@ def _update(
             optimizer.step()
             optimizer.zero_grad()
             norms.append(norm)
-        if scheduler is not None:
-            scheduler.step()
+            if scheduler is not None:
+                scheduler.step()
     tokens = max(rollout.mask.sum().item(), 1)
     return {
         "kl": _kl_after(model, rollout[:size], config) if norms else 0.0,
@@ -239,16 +239,16 @@ def _accumulate(
     """Backward through one minibatch, micro-batch by micro-batch: their gradients add up to the
     minibatch's, because each is divided by the minibatch's normalizer."""
     divisor = objective.normalizer(rollout.mask, config.loss, config.max_new_tokens)
-    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    low, high = config.clip_low, config.clip_high
     optimizer.zero_grad()
     clipped, mismatch = 0.0, 0.0
     for rows in slices(len(rollout), config.micro_batch_size):
         part = rollout[rows]
         logp, _ = logprobs(model, part, config.temperature, config.share_prompts)
         policy = (logp, part.logp, A[rows], part.mask)
-        objective.loss(*policy, kind=config.loss, divisor=divisor, **clip).backward()
+        objective.loss(*policy, config.loss, low, high, divisor).backward()
         with torch.no_grad():
-            clipped += objective.clipped(*policy, **clip).sum().item()
+            clipped += objective.clipped(*policy, low, high).sum().item()
             gap = ((logp - part.logp) * part.mask).abs().max().item()
             mismatch = max(mismatch, gap)
     return {"clipped": clipped, "mismatch": mismatch}

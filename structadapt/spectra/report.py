@@ -19,7 +19,7 @@ from structadapt.surgery import AdaptedLinear, adapted_layers
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "name",
     "shape",  # (out, in)
     "effective_rank",

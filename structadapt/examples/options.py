@@ -1,0 +1,128 @@
+"""The options of the example, and what they mean."""
+
+import argparse
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import structadapt as sa
+from structadapt.adapters import Adapter
+from structadapt.checkpoint import read_adapters
+
+ADAPTERS = ("lora", "dora", "quanta", "full")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says; None where it says nothing."""
+
+    adapter: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    scaling: str | None = None
+    axes: int | tuple[int, ...] | None = None
+    init: str | None = None
+    target: str | None = None
+    load: str | None = None
+    lr: float | None = None
+    seed: int = 0
+    prompts: int = 8192
+    cold_start: float = 0.2
+    out: str | None = None
+
+    def check(self) -> None:
+        """ValueError for a number out of range."""
+        for name, low, high in (
+            ("prompts", 1, 2**31),
+            ("seed", 0, 2**63),
+            ("lr", 1e-12, 1e3),
+            ("cold_start", 0, 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} must be from {low:g} to {high:g}, got {value}")
+
+
+_COLD_START = "sampled held-out accuracy that ends the cold start (default: 0.2; 0: no cold start)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `structadapt grpo`."""
+    own = "default: the adapter's own"
+    add = parser.add_argument
+    add("--adapter", choices=ADAPTERS, help="default: lora; full trains all the weights")
+    add("--rank", type=int, help=f"rank of LoRA and DoRA ({own}, 8 and 16)")
+    add("--alpha", type=float, help="scale of LoRA and DoRA is alpha / rank (default: 2 rank)")
+    add("--scaling", help="alpha/r, alpha/sqrt(r) or constant (default: alpha/r)")
+    add("--axes", type=_axes, help="QuanTA: number of axes, or sizes as 8x4x4 (default: 3)")
+    add("--init", help="QuanTA: identity, paper or zero_last (default: identity)")
+    add("--target", help="layers to adapt, a regular expression (default: all-linear)")
+    add("--load", metavar="FILE", help="go on from a saved adapter instead of a fresh one")
+    add("--lr", type=float, help="learning rate (default: 2e-3, full: 3e-4)")
+    add("--seed", type=int, default=0, help="of base model, data and noise (default: 0)")
+    add("--prompts", type=int, default=8192, help="prompts of the GRPO epoch (default: 8192)")
+    add("--cold-start", type=float, default=0.2, metavar="ACC", help=_COLD_START)
+    add("--out", metavar="DIR", help="a new directory for the results (default: runs/...)")
+    add("--json", action="store_true", help="print the summary as JSON and nothing else")
+    add("--quiet", action="store_true", help="no progress")
+
+
+def build_adapter(settings: Settings) -> Adapter | None:
+    """The adapter that the settings ask for, or None for full fine-tuning.
+
+    ValueError for an option of another adapter, or one beside `load`: the file says it all.
+    """
+    kinds = {"lora": sa.LoRA, "dora": sa.DoRA, "quanta": sa.QuanTA, "full": None}
+    low_rank, gates = {"rank", "alpha", "scaling", "target"}, {"axes", "init", "target"}
+    applies = {"lora": low_rank, "dora": low_rank, "quanta": gates, "full": set()}
+    options = {name: getattr(settings, name) for name in sorted(low_rank | gates)}
+    options = {name: value for name, value in options.items() if value is not None}
+    if settings.load is not None:
+        if settings.adapter is not None or options:
+            raise ValueError("--load brings its own adapter: leave out the adapter's options")
+        return next(iter(read_adapters(settings.load).values())).adapter
+    name = settings.adapter or "lora"
+    if name not in kinds:
+        raise ValueError(f"unknown adapter {name!r}: choose from {', '.join(kinds)}")
+    for option in sorted(options.keys() - applies[name]):
+        raise ValueError(f"--{option} does not apply to --adapter {name}")
+    options.pop("target", None)
+    if "rank" in options:
+        options.setdefault("alpha", 2.0 * options["rank"])
+    kind = kinds[name]
+    return None if kind is None else kind(**options)
+
+
+def learning_rate(settings: Settings) -> float:
+    """The one asked for, or the default of the adapter."""
+    if settings.lr is not None:
+        return settings.lr
+    return 3e-4 if settings.adapter == "full" else 2e-3
+
+
+def new_directory(settings: Settings) -> Path:
+    """Make the directory for the results; one that exists is never written into."""
+    if settings.out is not None:
+        out = Path(settings.out)
+        if out.exists():
+            raise FileExistsError(f"--out {out} exists: choose another name, or remove it")
+        out.mkdir(parents=True)
+        return out
+    name = Path("runs") / f"grpo-{settings.adapter or 'lora'}-seed{settings.seed}"
+    for number in range(1, 10_000):
+        out = name if number == 1 else name.with_name(f"{name.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            out.mkdir(parents=True)
+            return out
+    raise FileExistsError(f"{name} and thousands like it exist: choose --out")
+
+
+def _axes(text: str) -> int | tuple[int, ...]:
+    """3 or 8x4x4."""
+    try:
+        first, *rest = (int(size) for size in text.split("x"))
+    except ValueError:
+        message = f"{text!r} is neither a number of axes (3) nor sizes (8x4x4)"
+        raise argparse.ArgumentTypeError(message) from None
+    return (first, *rest) if rest else first

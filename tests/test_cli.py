@@ -1,0 +1,270 @@
+"""The command line: what a mistake prints, and what a run leaves behind."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import structadapt as sa
+from structadapt import cli
+from structadapt.examples import show, tiny_lm
+from structadapt.examples.grpo import collapsed_at
+
+FAST = ["--cold-start", "0", "--prompts", "128"]
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def call(*arguments):
+    """Exit code of the command line in this process."""
+    try:
+        return cli.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--adapter", "lara"], "invalid choice: 'lara' (choose from"),
+        (["--rank", "0"], "LoRA: rank must be a positive integer, got 0"),
+        (["--rank", "two"], "invalid int value: 'two'"),
+        (["--rank", "1000000000"], "choose something smaller"),
+        (["--alpha", "nan"], "LoRA: alpha must be a positive number, got nan"),
+        (["--adapter", "dora", "--scaling", "r"], "DoRA: scaling must be one of"),
+        (["--adapter", "quanta", "--axes", "16x16x16"], "blocks.0.q: QuanTA: axes 16x16x16 make 4096, but the layer is 128 -> 128"),  # noqa: E501
+        (["--adapter", "quanta", "--axes", "7"], "QuanTA: axes must be a number from 3 to 5"),
+        (["--adapter", "quanta", "--axes", "8xx4"], "'8xx4' is neither a number of axes"),
+        (["--adapter", "quanta", "--init", "zero"], "QuanTA: init must be one of"),
+        (["--adapter", "quanta", "--rank", "4"], "--rank does not apply to --adapter quanta"),
+        (["--adapter", "full", "--target", "q"], "--target does not apply to --adapter full"),
+        (["--axes", "3"], "--axes does not apply to --adapter lora"),
+        (["--target", "qq"], "target 'qq' matches no nn.Linear (near: blocks.0.q"),
+        (["--target", "blocks.0.upp"], "(near: blocks.0.up"),
+        (["--lr", "0"], "--lr must be from"),
+        (["--lr", "nan"], "--lr must be from"),
+        (["--seed", "-1"], "--seed must be from 0"),
+        (["--prompts", "0"], "--prompts must be from 1"),
+        (["--cold-start", "2"], "--cold-start must be from 0 to 1"),
+        (["--load", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--load", "x", "--rank", "4"], "--load brings its own adapter"),
+        (["--colour"], "unrecognized arguments: --colour"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call("grpo", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert words in err and err.startswith("structadapt") and err.count("\n") == 1 and not out
+    assert not list(tmp_path.iterdir()), "a refused run leaves nothing behind"
+
+
+def test_a_directory_that_exists_or_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out, words in [
+        (tmp_path, "exists: choose another name"),
+        (tmp_path / "file", "exists: choose another name"),
+        (tmp_path / "file" / "below", "Not a directory"),
+        ("/proc/nowhere/run", "No such file or directory"),
+    ]:
+        assert call("grpo", *FAST, "--out", out) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_adapter_files_that_do_not_fit(tmp_path, capsys):
+    path = tmp_path / "a.safetensors"
+    sa.save(sa.adapt(nn.Sequential(nn.Linear(8, 8)), sa.LoRA(rank=2)), path)
+    assert call("grpo", *FAST, "--load", path, "--out", tmp_path / "out") == 2
+    err = capsys.readouterr().err
+    assert "does not fit this model: the model has no nn.Linear 0" in err and err.count("\n") == 1
+    path.write_bytes(path.read_bytes()[:-3])
+    for command in (["grpo", *FAST, "--load"], ["spectra"]):
+        assert call(*command, path) == 2
+        err = capsys.readouterr().err
+        assert "is truncated or no safetensors file" in err and err.count("\n") == 1
+    assert call("spectra", tmp_path / "missing") == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "quanta", "full"])
+def test_a_run_leaves_what_it_promises(kind, tmp_path, capsys):
+    out = tmp_path / "deep" / "run"
+    assert call("grpo", *FAST, "--adapter", kind, "--out", out, "--json") == 0
+    printed = capsys.readouterr()
+    summary = json.loads(printed.out)
+    assert not printed.err
+    weights = "model.safetensors" if kind == "full" else "adapter.safetensors"
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "metrics.jsonl", "summary.json", "base.safetensors", "curves.png", weights,
+    }  # fmt: skip
+    assert json.loads((out / "summary.json").read_text()) == summary
+    for when in ("before", "after"):
+        for how in ("greedy", "sampled"):
+            low, high = summary[when][f"{how}_interval"]
+            assert 0 <= low <= summary[when][how] <= high <= 1
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps] == [0, 1] and summary["steps"] == 2
+    assert steps[-1]["held_out"] is not None
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["prompts"] == 128 and config["lr"] == (
+        3e-4 if kind == "full" else 2e-3
+    )
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    base = tiny_lm.TinyLM()
+    base.load_state_dict(sa.checkpoint.safetensors.torch.load_file(out / "base.safetensors"))
+    if kind == "full":
+        assert len(summary["spectra"]) > 12
+        return
+    assert config["adapter"] == {"lora": "LoRA", "dora": "DoRA", "quanta": "QuanTA"}[kind]
+    sa.load(base, out / "adapter.safetensors")
+    assert summary["parameters"] == sa.summary(base).parameters
+    rows = sa.spectra.analyze(base).rows
+    for row, saved in zip(rows, summary["spectra"], strict=True):
+        assert saved == json.loads(json.dumps(row))
+
+    again = tmp_path / "again"
+    options = ["--load", out / "adapter.safetensors", "--out", again, "--quiet"]
+    assert call("grpo", *FAST, *options) == 0
+    assert call("spectra", again / "adapter.safetensors", "--base", out / "base.safetensors") == 0
+    assert "| blocks.0.q | 128x128 |" in capsys.readouterr().out
+    assert call("spectra", again / "adapter.safetensors", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 12
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    for name in ("a", "b"):
+        assert call("grpo", *FAST, "--quiet", "--seed", 3, "--out", tmp_path / name) == 0
+    files = [(tmp_path / name / "adapter.safetensors").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+
+
+def test_without_out_every_run_gets_its_own_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("grpo-lora-seed0", "grpo-lora-seed0-2"):
+        assert call("grpo", "--cold-start", "0", "--prompts", "1", "--quiet") == 0
+        assert f"results in runs/{expected}" in capsys.readouterr().out
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_progress_and_screen(tmp_path, capsys):
+    assert call("grpo", *FAST, "--out", tmp_path / "run") == 0
+    out, err = capsys.readouterr()
+    assert re.search(
+        r"GRPO, step 2/2: reward [\d.]+, held-out sampled accuracy [\d.]+, 0 s left", err
+    )
+    assert "picture: " in err
+    assert re.search(r"sampled accuracy \(95 %\) +[\d.]+% \([\d.]+% to [\d.]+%\)", out)
+    assert re.search(r"blocks.1.down +128x512 +", out) and re.search(r"\nmedian ", out)
+    assert max(map(len, out.splitlines())) <= 120
+    assert len(out.splitlines()) <= 40, "one screen"
+
+
+def test_without_the_extras_it_runs_and_says_what_would_draw(tmp_path):
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'tqdm', 'transformers', "
+        "'triton', 'rich', 'pandas']))\nfrom structadapt.cli import main\nsys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "grpo", *FAST, "--out", str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "no picture: pip install 'structadapt[plot]' draws curves.png" in result.stderr
+    assert not (tmp_path / "run" / "curves.png").exists()
+    assert (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.parametrize("stage", ["cold start", pytest.param("GRPO", marks=pytest.mark.slow)])
+def test_ctrl_c_leaves_a_loadable_checkpoint(stage, tmp_path):
+    out = tmp_path / "run"
+    options = ["--out", str(out)] + ([] if stage == "cold start" else ["--cold-start", "0.02"])
+    command = [sys.executable, "-m", "structadapt.examples.grpo", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    awaited = out / ("config.json" if stage == "cold start" else "metrics.jsonl")
+    while not (awaited.exists() and awaited.stat().st_size):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "stopping after this step" in errors and "Traceback" not in errors
+    assert "Stopped early: the adapter as it was is saved" in printed
+    model = sa.load(tiny_lm.TinyLM(), out / "adapter.safetensors")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["interrupted"] and summary["after"] is None
+    moved = any(delta.any() for _, delta in sa.delta_weights(model))
+    assert moved == (stage == "GRPO") == bool(summary["steps"])
+
+
+def test_collapse_in_words():
+    def steps(*rewards):
+        return [{"step": i, "reward": r} for i, r in enumerate(rewards)]
+
+    assert collapsed_at([]) is None
+    assert collapsed_at(steps(0.3, 0.0, 0.4, 0.5)) is None
+    assert collapsed_at(steps(0.3, 0.2, 0.0, 0.01, 0.0)) == 2
+    assert collapsed_at(steps(0.3, 0.0, 0.2, 0.0, 0.0)) is None  # two steps are too few to say
+    assert collapsed_at(steps(0.0, 0.0, 0.0)) == 0
+
+    summary = {"collapsed_at": 2, "dead_steps": [0, 3, 4], "steps": 6}
+    text = show.collapse(summary)
+    assert "Collapsed at step 2" in text and "From step 3 on, in 2 of the 3 steps, all" in text
+    assert "the gradient is exactly zero" in text
+    assert "exactly zero" not in show.collapse({**summary, "dead_steps": []})
+    assert show.collapse({**summary, "collapsed_at": None}) is None
+
+
+def test_version_and_help(capsys):
+    assert call("--version") == 0
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
+    for command in ([], ["grpo"], ["spectra"]):
+        assert call(*command, "--help") == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
+    assert call() == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# -- the whole example, as the README runs it ------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--adapter", "dora"], ["--adapter", "quanta"]], ids=str)
+def test_the_example_learns(options, tmp_path, capsys):
+    assert call("grpo", *options, "--json", "--out", tmp_path / "run") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert 0.15 < summary["before"]["sampled"] < 0.35
+    assert summary["after"]["sampled"] >= 0.70 and summary["after"]["greedy"] >= 0.80
+    assert summary["collapsed_at"] is None and summary["steps"] == 128
+    assert math.isfinite(summary["peak_memory_mib"])
+
+
+@pytest.mark.slow
+def test_rank_256_collapses_at_alpha_2r_and_not_at_alpha_16(tmp_path, capsys):
+    assert call("grpo", "--rank", 256, "--alpha", 512, "--out", tmp_path / "512") == 0
+    out, err = capsys.readouterr()
+    summary = json.loads((tmp_path / "512" / "summary.json").read_text())
+    assert summary["after"]["greedy"] == summary["after"]["sampled"] == 0.0
+    assert summary["collapsed_at"] is not None and summary["dead_steps"]
+    assert f"Collapsed at step {summary['collapsed_at']}" in out
+    assert "the gradient is exactly zero" in out and "are exactly zero" in err
+    options = ["--rank", 256, "--alpha", 16, "--prompts", 2048]
+    assert call("grpo", *options, "--out", tmp_path / "16") == 0
+    assert "ollapse" not in capsys.readouterr().out
+    summary = json.loads((tmp_path / "16" / "summary.json").read_text())
+    assert summary["collapsed_at"] is None
+    assert summary["after"]["sampled"] > summary["before"]["sampled"] + 0.1
