@@ -219,14 +219,16 @@ def test_collapse_in_words():
     assert collapsed_at(steps(0.3, 0.0, 0.4, 0.5)) is None
     assert collapsed_at(steps(0.3, 0.2, 0.0, 0.01, 0.0)) == 2
     assert collapsed_at(steps(0.3, 0.0, 0.2, 0.0, 0.0)) is None  # two steps are too few to say
-    assert collapsed_at(steps(0.0, 0.0, 0.0)) == 0
+    assert collapsed_at(steps(0.0, 0.0, 0.0, 0.0)) is None  # never alive
 
     summary = {"collapsed_at": 2, "dead_steps": [0, 3, 4], "steps": 6}
     text = show.collapse(summary)
-    assert "Collapsed at step 2" in text and "From step 3 on, in 2 of the 3 steps, all" in text
-    assert "the gradient is exactly zero" in text
+    assert "Collapsed at step 2" in text and "In 2 of 4 steps from 3 on, all rewards" in text
+    assert "gradient is exactly zero" in text
     assert "exactly zero" not in show.collapse({**summary, "dead_steps": []})
     assert show.collapse({**summary, "collapsed_at": None}) is None
+    nothing = show.collapse({"collapsed_at": None, "dead_steps": [0, 1], "steps": 2})
+    assert "In every step, all rewards of every group are equal" in nothing
 
 
 def test_version_and_help(capsys):
@@ -261,7 +263,7 @@ def test_rank_256_collapses_at_alpha_2r_and_not_at_alpha_16(tmp_path, capsys):
     assert summary["after"]["greedy"] == summary["after"]["sampled"] == 0.0
     assert summary["collapsed_at"] is not None and summary["dead_steps"]
     assert f"Collapsed at step {summary['collapsed_at']}" in out
-    assert "the gradient is exactly zero" in out and "are exactly zero" in err
+    assert "gradient is exactly zero" in out and "are exactly zero" in err
     options = ["--rank", 256, "--alpha", 16, "--prompts", 2048]
     assert call("grpo", *options, "--out", tmp_path / "16") == 0
     assert "ollapse" not in capsys.readouterr().out

@@ -261,13 +261,13 @@ class Run:
 def collapsed_at(steps: list[dict[str, Any]]) -> int | None:
     """The step from which on the reward stayed under a tenth of step 0's, or None.
 
-    At least three steps to the end of the run have to lie under it.
+    At least three steps to the end of the run have to lie under it. A run that never had a reward
+    has not collapsed.
     """
-    if not steps:
+    if not steps or steps[0]["reward"] == 0:
         return None
-    alive = [s["step"] for s in steps if s["reward"] >= max(steps[0]["reward"] / 10, 1e-9)]
-    first_dead = alive[-1] + 1 if alive else 0
-    return first_dead if len(steps) - first_dead >= 3 else None
+    alive = [s["step"] for s in steps if s["reward"] >= steps[0]["reward"] / 10]
+    return alive[-1] + 1 if len(steps) - alive[-1] > 3 else None
 
 
 def _peak_memory_mib() -> float | None:

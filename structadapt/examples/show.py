@@ -6,6 +6,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+NO_GRADIENT = (
+    "\n{}, all rewards of every group are equal: every advantage and so the\n"
+    "gradient is exactly zero, and nothing is learned."
+)
+
 
 class Progress:
     """Progress on standard error: a bar on a terminal with tqdm installed, else a few lines."""
@@ -17,7 +22,11 @@ class Progress:
         self.dead = False
 
     def say(self, line: str) -> None:
-        if not self.quiet:
+        if self.quiet:
+            return
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
             print(line, file=sys.stderr, flush=True)
 
     def cold_start(self, step: int, loss: float, accuracy: float | None, target: float) -> None:
@@ -101,20 +110,15 @@ def _accuracy(before: dict[str, Any] | None, after: dict[str, Any] | None) -> li
 
 
 def collapse(summary: dict[str, Any]) -> str | None:
-    """In words, whether the policy collapsed."""
-    step = summary["collapsed_at"]
-    if step is None:
-        return None
-    dead = [s for s in summary["dead_steps"] if s >= step]
-    text = f"\nCollapsed at step {step}: from there on the reward stays under a tenth of step 0's."
-    if not dead:
-        return text
-    share = f"{len(dead)} of the {summary['steps'] - dead[0]} steps"
-    return (
-        f"{text}\nFrom step {dead[0]} on, in {share}, all rewards of every group are equal: every\n"
-        "advantage and so the gradient is exactly zero. GRPO cannot leave this state by itself.\n"
-        "A lower --lr, or a lower --alpha at the same rank, takes smaller first steps."
-    )
+    """In words, whether the policy collapsed or never got a gradient."""
+    steps, dead, since = summary["steps"], summary["dead_steps"], summary["collapsed_at"]
+    if since is None:
+        return NO_GRADIENT.format("In every step") if steps and len(dead) == steps else None
+    dead = [step for step in dead if step >= since]
+    text = f"\nCollapsed at step {since}: the reward stays under a tenth of what it was at step 0."
+    if dead:
+        text += NO_GRADIENT.format(f"In {len(dead)} of {steps - since} steps from {dead[0]} on")
+    return text + "\nA lower --lr, or a lower --alpha at the same rank, takes smaller first steps."
 
 
 def spectra(rows: list[dict[str, Any]]) -> list[str]:
