@@ -22,18 +22,26 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Weights and norms are not for autocast. The meta device has none to turn off."""
+    if device.type == "meta":
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 # -- LoRA ------------------------------------------------------------------------------------------
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """scale (x A^T) B^T. The scale goes on the narrow product."""
-    return F.linear(scale * F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+    """(x A^T) (scale B)^T. On B the scale cannot overflow: the narrow product in fp16 could."""
+    return F.linear(F.linear(x, A.to(x.dtype)), (scale * B).to(x.dtype))
 
 
 def lora_weight(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W + scale B A in at least fp32 (Hu et al. 2021, section 4.1)."""
+    """W + scale B A in at least fp32, also under autocast (Hu et al. 2021, section 4.1)."""
     wide = wide_dtype(W.dtype)
-    return torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=scale)
+    with no_autocast(W.device):
+        return torch.addmm(W.to(wide), B.to(wide), A.to(wide), alpha=scale)
 
 
 def lora_linear(
@@ -77,18 +85,11 @@ def dora_linear(
     output bit for bit.
     """
     y = F.linear(x, W, bias)
-    with torch.no_grad(), _no_autocast(W.device):
+    with torch.no_grad():
         V = lora_weight(W, A, B, scale)
     g = dora_gain(V, m)
     frozen = y if bias is None else y - bias
     return y + ((g - 1) * frozen + g * low_rank(x, A, B, scale)).to(y.dtype)
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast would take the norm in bf16. The meta device has no autocast to turn off."""
-    if device.type == "meta":
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 # -- QuanTA ----------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def quanta_apply_minus_eye(x: Tensor, gates: list[Tensor]) -> Tensor:
     """
     sizes = quanta_axes(gates)
     u = x.reshape(x.shape[:-1].numel(), *sizes)  # E x so far
-    difference = None
+    difference = None  # T x - E x so far
     for gate, (early, late) in zip(gates, quanta_pairs(len(sizes)), strict=True):
         full = u if difference is None else u + difference
         moved = quanta_gate(full, gate - eye_gate(gate), early, late)

@@ -3,8 +3,8 @@
 from structadapt import grpo, spectra
 from structadapt.adapters import DoRA, LoRA, QuanTA
 from structadapt.checkpoint import load, save
+from structadapt.layers import AdaptedLinear
 from structadapt.surgery import (
-    AdaptedLinear,
     adapt,
     adapter_parameters,
     delta_weights,

@@ -9,7 +9,7 @@ entry, "structadapt", a JSON object:
 
 import json
 import os
-import tempfile
+import stat
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from structadapt.adapters.base import Adapter
+from structadapt.layers import AdaptedLinear, adapted_layers, linear_layers
 from structadapt.ops import wide_dtype
-from structadapt.surgery import AdaptedLinear, adapted_layers, attach, linear_layers
+from structadapt.surgery import attach, refuse_wrong_order
 from structadapt.targets import near
 
 FORMAT = 1
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LARGEST_WIDTH = 2**24  # of a layer in a file
 
 
 class AdapterFileError(ValueError):
@@ -36,10 +39,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters of `model`, and nothing of the base, to a safetensors file.
 
     Atomic: the file at `path` is the old one or the whole new one, whatever happens. The same
-    adapters give the same bytes. Raises ValueError if the model is not adapted, OSError if the
-    file cannot be written.
+    adapters give the same bytes. Raises ValueError if the model is not adapted or a tensor is not
+    finite, OSError if the file cannot be written.
     """
-    layers = adapted_layers(model)
+    layers = {_uncompiled(name): layer for name, layer in adapted_layers(model).items()}
     header = {
         "format": FORMAT,
         "version": version("structadapt"),
@@ -57,6 +60,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, layer in layers.items()
         for key, tensor in layer.tensors().items()
     }
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} is not finite: not saved")
     metadata = {"structadapt": json.dumps(header)}
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
 
@@ -69,8 +75,10 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     anything changes.
 
     Raises FileNotFoundError; AdapterFileError (a ValueError) for a file that is truncated,
-    damaged, from a newer format, not finite, or for another model, naming what differs.
+    damaged, from a newer format, not finite, or for another model, naming what differs;
+    RuntimeError for a model that is compiled, sharded, merged or on the meta device.
     """
+    refuse_wrong_order(model)
     saved = read_adapters(path)
     adapted = {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
     candidates = linear_layers(model)
@@ -84,6 +92,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
         shown = "; ".join(differences[:3])
         raise AdapterFileError(f"{path} does not fit this model: {shown}{more}")
+    for name in saved:
+        if candidates[name].weight.is_meta:
+            raise RuntimeError(f"{name} is on the meta device: load the base weights first")
     if not adapted:
         attach(model, {n: (layer.adapter, layer.like(candidates[n])) for n, layer in saved.items()})
         return model
@@ -124,7 +135,7 @@ def read_adapters(path: str | os.PathLike[str]) -> dict[str, SavedLayer]:
         tensors = safetensors.torch.load(data)
         header_size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__", {})
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is truncated or no safetensors file: {error}") from None
     if "structadapt" not in metadata:
         raise AdapterFileError(f"{path} is no structadapt adapter file: its metadata do not say so")
@@ -136,35 +147,49 @@ def read_adapters(path: str | os.PathLike[str]) -> dict[str, SavedLayer]:
                 "update structadapt"
             )
         described = {n: _describe(entry) for n, entry in header["layers"].items()}
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise AdapterFileError(f"{path}: its description is damaged: {error!r}") from None
+        expected = {n: a.init(torch.empty(s, device="meta")) for n, (a, s) in described.items()}
     except AdapterFileError:
         raise
     except ValueError as error:
         raise AdapterFileError(f"{path}: {error}") from None
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise AdapterFileError(f"{path}: its description is damaged: {error!r}") from None
     if not described:
         raise AdapterFileError(f"{path} holds no layer")
-    layers = {}
-    for name, (adapter, shape) in described.items():
-        expected = adapter.init(torch.empty(shape, device="meta"))
-        layers[name] = SavedLayer(adapter, shape, _take(path, tensors, name, expected))
+    layers = {
+        name: SavedLayer(adapter, shape, _take(path, tensors, name, expected[name]))
+        for name, (adapter, shape) in described.items()
+    }
     if tensors:
         raise AdapterFileError(f"{path} has tensors of no layer: {', '.join(sorted(tensors)[:3])}")
     return layers
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that `path` holds its old content or all of `data`, even after a crash."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. AdapterFileError if it is truncated or damaged."""
     try:
-        with os.fdopen(handle, "wb") as file:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise AdapterFileError(f"{path} is truncated or no safetensors file: {error}") from None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that `path` holds its old content or all of `data`, even after a crash.
+
+    A file that exists keeps its mode; a link keeps pointing.
+    """
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        if path.exists():
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     if hasattr(os, "O_DIRECTORY"):
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -174,10 +199,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.close(directory)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _uncompiled(name: str) -> str:
+    """The name that a layer had before torch.compile."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _describe(entry: dict[str, Any]) -> tuple[Adapter, tuple[int, int]]:
@@ -187,7 +211,7 @@ def _describe(entry: dict[str, Any]) -> tuple[Adapter, tuple[int, int]]:
         raise ValueError(f"unknown adapter {kind!r}: known are {', '.join(Adapter.registry)}")
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     out_features, in_features = entry["shape"]
-    if not all(type(n) is int and 0 < n < 2**31 for n in (out_features, in_features)):
+    if not all(type(n) is int and 0 < n <= LARGEST_WIDTH for n in (out_features, in_features)):
         raise ValueError(f"impossible shape {entry['shape']!r}")
     return Adapter.registry[kind](**config), (out_features, in_features)
 
@@ -204,13 +228,13 @@ def _take(
         tensor = tensors.pop(f"{name}.{key}", None)
         if tensor is None:
             raise AdapterFileError(f"{path}: {name}.{key} is missing")
-        if tensor.shape != like.shape or not tensor.is_floating_point():
+        if tensor.shape != like.shape or tensor.dtype not in FLOATS:
             found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
             raise AdapterFileError(
                 f"{path}: {name}.{key} is {found}, expected floats of shape {tuple(like.shape)}"
             )
-        if not torch.isfinite(tensor).all():
-            raise AdapterFileError(f"{path}: {name}.{key} is not finite")
+        if not torch.isfinite(tensor.float()).all():
+            raise AdapterFileError(f"{path}: {name}.{key} is not finite in fp32")
         taken[key] = tensor
     return taken
 

@@ -61,3 +61,7 @@ def _spectra(options: argparse.Namespace) -> int:
         return 2
     print(json.dumps({"rows": report.rows}) if options.json else report.to_markdown())
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,61 +6,17 @@ registered under two names stay valid, and base checkpoints keep their keys.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structadapt.adapters.base import Adapter
+from structadapt.layers import AdaptedLinear, adapted_layers, linear_layers
 from structadapt.planning import Plan, layer_plan
 from structadapt.targets import Target, select
-
-
-class AdaptedLinear(nn.Linear):
-    """A frozen nn.Linear with an adapter. Made by `adapt`, not by calling the class.
-
-    Attributes: `adapter`, the configuration; `enabled`, False within `disabled(model)`; the
-    adapter's tensors by name (A, B, m, gate_0, ...), fp32 parameters, or buffers if frozen.
-    """
-
-    adapter: Adapter
-    enabled: bool
-    tensor_names: tuple[str, ...]
-    base_weight: Tensor | None  # the weight before a merge, while merged
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.enabled:
-            return F.linear(input, self.frozen_weight, self.bias)
-        if self.base_weight is not None:
-            return F.linear(input, self.weight, self.bias)
-        return self.adapter.forward(input, self.weight, self.bias, self.tensors())
-
-    @property
-    def frozen_weight(self) -> Tensor:
-        """W, merged or not."""
-        return self.weight if self.base_weight is None else self.base_weight
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The adapter's tensors by name."""
-        return {name: getattr(self, name) for name in self.tensor_names}
-
-    def delta_weight(self) -> Tensor:
-        """W' - W (out, in), fp32, the difference formed in float64."""
-        W = self.frozen_weight.detach().double()
-        p = {name: tensor.detach().double() for name, tensor in self.tensors().items()}
-        return (self.adapter.weight(W, p) - W).float()
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.adapter}"
-
-    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "AdaptedLinear":
-        super()._apply(fn, recurse)
-        if self.base_weight is not None:
-            self.base_weight = fn(self.base_weight)
-        return self
-
 
 # -- adapting --------------------------------------------------------------------------------------
 
@@ -98,7 +54,14 @@ def adapt(
 
 
 def attach(model: nn.Module, layers: dict[str, tuple[Adapter, dict[str, Tensor]]]) -> None:
-    """Give the named nn.Linear layers their adapters and tensors, and freeze all the rest."""
+    """Give the named nn.Linear layers their adapters and tensors, and freeze all the rest.
+
+    Raises ValueError, before anything changes, for a layer that has an attribute of such a name.
+    """
+    for name, (_, tensors) in layers.items():
+        for key in tensors:
+            if hasattr(model.get_submodule(name), key):
+                raise ValueError(f"{name} has an attribute {key} already: rename it, or exclude")
     for name, (adapter, tensors) in layers.items():
         layer = model.get_submodule(name)
         layer.__class__ = AdaptedLinear
@@ -110,32 +73,26 @@ def attach(model: nn.Module, layers: dict[str, tuple[Adapter, dict[str, Tensor]]
                 layer.register_buffer(key, tensor)
             else:
                 layer.register_parameter(key, nn.Parameter(tensor))
-    trained = {id(p) for layer in adapted_layers(model).values() for p in _parameters(layer)}
+    trained = {id(p) for layer in adapted_layers(model).values() for p in layer.trained_tensors()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
+    for module in model.modules():
+        # In eval mode this class reads the weights of its layers and never calls them, unless one
+        # of them has a hook.
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for layer in (module.linear1, module.linear2):
+                if isinstance(layer, AdaptedLinear) and not layer._forward_pre_hooks:
+                    layer.register_forward_pre_hook(_no_op)
+
+
+def _no_op(module: nn.Module, inputs: Any) -> None:
+    """A hook that does nothing."""
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
     """A CPU generator keyed by (seed, layer name): the same on every rank and in any order."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that can carry an adapter, by name: plain nn.Linear, adapted or not.
-
-    A subclass with its own forward is not one: it may never call the adapter.
-    """
-    modules = model.named_modules()
-    return {n: m for n, m in modules if type(m) is nn.Linear or isinstance(m, AdaptedLinear)}
-
-
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The adapted layers by name. Raises ValueError if there are none."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
-    if not layers:
-        raise ValueError("this model has no adapted layer: call structadapt.adapt or load first")
-    return layers
 
 
 def _choose(
@@ -145,7 +102,7 @@ def _choose(
     if not isinstance(adapter, Adapter):
         known = ", ".join(f"{name}()" for name in Adapter.registry)
         raise TypeError(f"adapter must be one of {known}, got {adapter!r}")
-    _refuse_wrong_order(model)
+    refuse_wrong_order(model)
     layers = linear_layers(model)
     left_out = select(model, layers, exclude, "exclude")
     chosen = select(model, layers, target, "target")
@@ -155,6 +112,13 @@ def _choose(
     for name, layer in chosen.items():
         if isinstance(layer, AdaptedLinear):
             raise ValueError(f"{name} is adapted already, with {layer.adapter}; exclude it")
+        if "weight" not in layer._parameters:
+            raise ValueError(
+                f"{name}: its weight is computed by weight_norm, prune or the like, which would "
+                "undo a merge: remove that first"
+            )
+        if not layer.weight.numel():
+            raise ValueError(f"{name}: its weight is empty, {tuple(layer.weight.shape)}")
         if not layer.weight.is_floating_point():
             raise ValueError(f"{name}: cannot adapt a weight of dtype {layer.weight.dtype}")
         if layer.weight.is_inference():
@@ -165,7 +129,8 @@ def _choose(
     return chosen
 
 
-def _refuse_wrong_order(model: nn.Module) -> None:
+def refuse_wrong_order(model: nn.Module) -> None:
+    """RuntimeError for a model that is compiled, sharded or merged."""
     for name, module in model.named_modules():
         label = name or type(module).__name__
         if getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod"):
@@ -173,7 +138,7 @@ def _refuse_wrong_order(model: nn.Module) -> None:
         if any(hasattr(p, "device_mesh") for p in module.parameters(recurse=False)):
             raise RuntimeError(f"{label} is sharded: adapt first, then compile, then shard")
         if isinstance(module, AdaptedLinear) and module.base_weight is not None:
-            raise RuntimeError(f"{label} is merged: unmerge first, then adapt other layers")
+            raise RuntimeError(f"{label} is merged: unmerge first")
 
 
 @contextmanager
@@ -226,21 +191,30 @@ def merge(model: nn.Module) -> None:
         merged_weights[name] = layer.adapter.weight(layer.weight, layer.tensors())
         if not torch.isfinite(merged_weights[name]).all():
             raise ValueError(f"{name}: the merged weight is not finite; nothing was merged")
-    for name, layer in layers.items():
-        layer.base_weight = layer.weight.data
-        layer.weight.data = merged_weights[name]
+    try:
+        for name, layer in layers.items():
+            layer.base_weight = layer.weight.data
+            layer.weight.data = merged_weights[name]
+    except BaseException:  # an interrupt between two layers
+        _unmerge(model)
+        raise
 
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
-    """Bring back the base weights, bit for bit. Raises RuntimeError if a layer is not merged."""
-    layers = adapted_layers(model)
-    not_merged = [name for name, layer in layers.items() if layer.base_weight is None]
-    if not_merged:
-        raise RuntimeError(f"{not_merged[0]} is not merged")
-    for layer in layers.values():
+    """Bring back the base weights, bit for bit. Raises RuntimeError if none is merged."""
+    if not _unmerge(model):
+        raise RuntimeError("the model is not merged")
+
+
+def _unmerge(model: nn.Module) -> bool:
+    """Bring back what is merged; whether anything was."""
+    layers = [m for m in adapted_layers(model).values() if m.base_weight is not None]
+    for layer in layers:
         assert layer.base_weight is not None
-        layer.weight.data, layer.base_weight = layer.base_weight, None
+        layer.weight.data = layer.base_weight
+        layer.base_weight = None
+    return bool(layers)
 
 
 @contextmanager
@@ -250,19 +224,15 @@ def merged(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        unmerge(model)
+        _unmerge(model)
 
 
 # -- looking ---------------------------------------------------------------------------------------
 
 
-def _parameters(layer: AdaptedLinear) -> list[nn.Parameter]:
-    return [t for t in layer.tensors().values() if isinstance(t, nn.Parameter)]
-
-
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The trained tensors of every adapter, for the optimizer."""
-    return (p for layer in adapted_layers(model).values() for p in _parameters(layer))
+    return (p for layer in adapted_layers(model).values() for p in layer.trained_tensors())
 
 
 def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -291,5 +261,5 @@ def summary(model: nn.Module) -> Plan:
 
 def _base_parameters(model: nn.Module) -> int:
     layers = [m for m in model.modules() if isinstance(m, AdaptedLinear)]
-    ours = {id(p) for layer in layers for p in _parameters(layer)}
+    ours = {id(p) for layer in layers for p in layer.trained_tensors()}
     return sum(p.numel() for p in model.parameters() if id(p) not in ours)

@@ -17,16 +17,33 @@ def select(
 ) -> dict[str, nn.Linear]:
     """The layers that match any of the patterns, in model order. `role` names the argument.
 
-    Raises ValueError for a pattern that matches none, also when it is one of several.
+    A layer registered under several names matches by any of them. Raises ValueError for a pattern
+    that matches none, also when it is one of several; TypeError for one that is no pattern.
     """
+    if not (isinstance(target, str | Iterable) or callable(target)):
+        raise TypeError(f"{role} must be text, a callable or several of these, got {target!r}")
     patterns = [target] if isinstance(target, str) or callable(target) else list(target)
     names: set[str] = set()
     for pattern in patterns:
-        found = {name for name, layer in layers.items() if _matches(pattern, name, layer, model)}
+        if not (isinstance(pattern, str) or callable(pattern)):
+            raise TypeError(f"{role} must be text or callables, got {pattern!r}")
+        matching = _matching(model, layers, pattern)
+        found = {name for name, layer in layers.items() if layer in matching}
         if not found:
             raise ValueError(_no_match(model, layers, pattern, role))
         names |= found
     return {name: layer for name, layer in layers.items() if name in names}
+
+
+def _matching(model: nn.Module, layers: dict[str, nn.Linear], pattern: Pattern) -> set[nn.Module]:
+    """The layers that a pattern names."""
+    candidates: set[nn.Module] = {*layers.values()}
+    if pattern == "all-linear":
+        return candidates - _output_heads(model)
+    named = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if m in candidates]
+    if isinstance(pattern, str):
+        return {module for name, module in named if _name_matches(pattern, name)}
+    return {module for name, module in named if pattern(name, module)}
 
 
 def near(name: str, names: Iterable[str]) -> str:
@@ -39,27 +56,23 @@ def near(name: str, names: Iterable[str]) -> str:
     return f" (near: {', '.join(shown)})" if shown else ""
 
 
-def _matches(pattern: Pattern, name: str, module: nn.Module, model: nn.Module) -> bool:
-    if pattern == "all-linear":
-        return name not in _output_heads(model)
-    return _name_matches(pattern, name) if isinstance(pattern, str) else pattern(name, module)
-
-
 def _name_matches(pattern: str, name: str) -> bool:
     """The expression matches the whole path, or all that follows one of its dots."""
+    parts = name.split(".")
     try:
-        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
+        return any(re.fullmatch(pattern, ".".join(parts[i:])) for i in range(len(parts)))
     except re.error as error:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
-def _output_heads(model: nn.Module) -> set[str]:
+def _output_heads(model: nn.Module) -> set[nn.Module]:
     """Layers that turn hidden states into logits: by transformers' accessor, else by name."""
     accessor = getattr(model, "get_output_embeddings", None)
     head = accessor() if callable(accessor) else None
-    if head is not None:
-        return {name for name, module in model.named_modules() if module is head}
-    return {n for n, _ in model.named_modules() if n.rsplit(".", 1)[-1] in HEAD_NAMES}
+    if isinstance(head, nn.Module):
+        return {head}
+    modules = model.named_modules(remove_duplicate=False)
+    return {module for name, module in modules if name.rsplit(".", 1)[-1] in HEAD_NAMES}
 
 
 def _no_match(model: nn.Module, layers: dict[str, nn.Linear], pattern: Pattern, role: str) -> str:

@@ -20,13 +20,14 @@ MAY_IMPORT = {
     "adapters": {"ops"},
     "targets": set(),
     "planning": {"adapters"},
-    "surgery": {"adapters", "targets", "planning"},
-    "checkpoint": {"adapters", "ops", "surgery", "targets"},
-    "spectra": {"checkpoint", "surgery"},
+    "layers": {"adapters", "ops"},
+    "surgery": {"adapters", "layers", "planning", "targets"},
+    "checkpoint": {"adapters", "layers", "ops", "surgery", "targets"},
+    "spectra": {"checkpoint", "layers"},
     "grpo": {"ops"},
     "examples": {"structadapt", "adapters", "checkpoint"},
     "cli": {"examples", "spectra"},
-    "structadapt": {"adapters", "checkpoint", "grpo", "spectra", "surgery"},
+    "structadapt": {"adapters", "checkpoint", "grpo", "layers", "spectra", "surgery"},
 }
 CORE = {"torch", "safetensors", "einops", "numpy", "structadapt"}
 OPTIONAL = {"matplotlib", "tqdm", "pandas", "triton", "transformers"}

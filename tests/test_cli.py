@@ -42,7 +42,10 @@ def call(*arguments):
         (["--adapter", "lara"], "invalid choice: 'lara' (choose from"),
         (["--rank", "0"], "LoRA: rank must be a positive integer, got 0"),
         (["--rank", "two"], "invalid int value: 'two'"),
-        (["--rank", "1000000000"], "choose something smaller"),
+        (["--rank", "100000"], "choose something smaller"),
+        (["--rank", "10000000000000000000"], "LoRA: rank must be a positive integer"),
+        (["--alpha", "1e308"], "LoRA: alpha must be a positive number"),
+        (["--target", ""], "target '' matches no nn.Linear"),
         (["--alpha", "nan"], "LoRA: alpha must be a positive number, got nan"),
         (["--adapter", "dora", "--scaling", "r"], "DoRA: scaling must be one of"),
         (["--adapter", "quanta", "--axes", "16x16x16"], "blocks.0.q: QuanTA: axes 16x16x16 make 4096, but the layer is 128 -> 128"),  # noqa: E501
@@ -98,6 +101,11 @@ def test_adapter_files_that_do_not_fit(tmp_path, capsys):
         err = capsys.readouterr().err
         assert "is truncated or no safetensors file" in err and err.count("\n") == 1
     assert call("spectra", tmp_path / "missing") == 2
+    sa.save(sa.adapt(nn.Sequential(nn.Linear(8, 8)), sa.LoRA(rank=2)), tmp_path / "whole")
+    capsys.readouterr()
+    assert call("spectra", tmp_path / "whole", "--base", path) == 2
+    err = capsys.readouterr().err
+    assert "is truncated or no safetensors file" in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -188,6 +196,32 @@ def test_without_the_extras_it_runs_and_says_what_would_draw(tmp_path):
     assert (tmp_path / "run" / "adapter.safetensors").exists()
 
 
+def test_a_run_that_diverges_keeps_its_last_adapter(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sa.grpo, "exact_match", lambda p, c, meta: float(len(c) % 2))
+    assert call("grpo", *FAST, "--lr", 1000, "--out", tmp_path / "run") == 1
+    assert re.search(r"Diverged: step \d: the gradient norm is nan", capsys.readouterr().out)
+    sa.load(tiny_lm.TinyLM(), tmp_path / "run" / "adapter.safetensors")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["after"] is None and "gradient norm is nan" in summary["failure"]
+
+
+def test_a_disk_that_fills_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert call("grpo", *FAST, "--quiet", "--out", tmp_path / "run") == 1
+    err = capsys.readouterr().err
+    assert "No space left on device" in err and err.count("\n") == 1
+
+
+def test_a_part_of_the_layers_can_be_loaded_and_goes_on(tmp_path):
+    options = ["--adapter", "quanta", "--axes", "8x8x8", "--target", "up|down"]
+    assert call("grpo", *FAST, *options, "--quiet", "--out", tmp_path / "a") == 0
+    options = ["--load", tmp_path / "a" / "adapter.safetensors"]
+    assert call("grpo", *FAST, *options, "--quiet", "--out", tmp_path / "b") == 0
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 @pytest.mark.parametrize("stage", ["cold start", pytest.param("GRPO", marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_a_loadable_checkpoint(stage, tmp_path):
@@ -223,7 +257,7 @@ def test_collapse_in_words():
 
     summary = {"collapsed_at": 2, "dead_steps": [0, 3, 4], "steps": 6}
     text = show.collapse(summary)
-    assert "Collapsed at step 2" in text and "In 2 of 4 steps from 3 on, all rewards" in text
+    assert "Collapsed at step 2" in text and "In 2 of 3 steps from 3 on, all rewards" in text
     assert "gradient is exactly zero" in text
     assert "exactly zero" not in show.collapse({**summary, "dead_steps": []})
     assert show.collapse({**summary, "collapsed_at": None}) is None

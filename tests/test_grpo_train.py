@@ -1,5 +1,6 @@
 """The loop: one update is the update, whatever the micro-batches; dead batches move nothing."""
 
+import contextlib
 import copy
 import math
 from dataclasses import fields
@@ -10,6 +11,7 @@ from torch import nn
 
 import structadapt as sa
 from structadapt.examples import tiny_lm
+from structadapt.grpo import objective
 from structadapt.grpo.evaluation import wilson
 from structadapt.grpo.rollout import generate, logprobs
 
@@ -135,6 +137,106 @@ def test_the_update_is_the_gradient_of_the_objective(plain):
     assert step.tokens_per_second > 0 and step.rollout_seconds > 0 and step.update_seconds > 0
 
 
+def first_two_equal(prompt, completion):
+    """The first minibatch of three, two groups, has no advantage."""
+    return 0.5 if prompt in ([1, 2], [3]) else completion.count(5) / 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss": "grpo"},
+        {"loss": "dr_grpo", "advantage": "none"},
+        {"advantage": "batch"},
+        {"temperature": 0.6},
+        {"clip_low": 0.01, "clip_high": 0.5},
+        {"max_grad_norm": 0.05},
+    ],
+    ids=str,
+)
+def test_every_option_by_hand(plain, options):
+    """Three minibatches, the first without advantage, with momentum and stale gradients around."""
+    prompts = [*PROMPTS, [6]]
+    fixed = {"eos_token_id": 0, "max_new_tokens": 9, "group_size": 4, "prompts_per_step": 6}
+    config = sa.grpo.Config(**(fixed | {"minibatches": 3, "max_grad_norm": math.inf} | options))
+    hand = copy.deepcopy(plain)
+    optimizers = []
+    for model in (plain, hand):
+        optimizers.append(torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizers[-1].step()
+    (step,) = sa.grpo.train(plain, optimizers[0], prompts, first_two_equal, config)
+
+    repeated = [p for p in prompts for _ in range(4)]
+    noise = torch.Generator().manual_seed(0)
+    rollout = generate(hand, repeated, eos_token_ids=[0], max_new_tokens=9,
+                       temperature=config.temperature, generator=noise)  # fmt: skip
+    completions = zip(repeated, rollout.completions([0]), strict=True)
+    rewards = torch.tensor([first_two_equal(*pair) for pair in completions]).view(6, 4)
+    A = sa.grpo.advantages(rewards, config.advantage).flatten()
+    norms, clipped = [], 0.0
+    for rows in (slice(0, 8), slice(8, 16), slice(16, 24)):
+        part = rollout[rows]
+        if not A[rows].any():
+            continue
+        optimizers[1].zero_grad()
+        logp, _ = logprobs(hand, part, config.temperature)
+        policy = (logp, part.logp, A[rows], part.mask)
+        clip = (config.clip_low, config.clip_high)
+        sa.grpo.loss(*policy, config.loss, *clip, max_tokens=9).backward()
+        clipped += objective.clipped(*policy, *clip).sum().item()
+        norms.append(nn.utils.clip_grad_norm_(hand.parameters(), config.max_grad_norm).item())
+        optimizers[1].step()
+    assert step.updates == len(norms) == 2
+    for left, right in zip(plain.parameters(), hand.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+    assert step.grad_norm == pytest.approx(sum(norms) / 2, rel=1e-4)
+    assert step.clip_fraction == pytest.approx(clipped / rollout.mask.sum().item())
+    first = rollout[:8]
+    with torch.no_grad():
+        log_ratio = (logprobs(hand, first, config.temperature)[0] - first.logp) * first.mask
+    kl = ((log_ratio.exp() - 1 - log_ratio).sum() / first.mask.sum()).item()
+    assert step.kl == pytest.approx(kl, rel=1e-3)
+
+
+def test_minibatches_are_as_many_as_asked_for(plain):
+    for minibatches in (1, 2, 4, 7, 20, 33):
+        (step,) = run(copy.deepcopy(plain), advantage="batch", minibatches=minibatches,
+                      reward=lambda p, c: len(c) + 0.1 * sum(c))  # fmt: skip
+        assert min(minibatches, 20) - 8 <= step.updates <= min(minibatches, 20)
+        assert minibatches > 7 or step.updates == minibatches
+
+
+def test_mismatch_is_the_gap_between_sampler_and_trainer(plain):
+    """Also where masked positions have a log-probability of -inf: the pad token is ruled out."""
+    with torch.no_grad():
+        plain.head.bias[6] = -torch.inf
+
+    @contextlib.contextmanager
+    def another_policy():
+        plain.head.bias.data[5] += 1.0
+        yield
+        plain.head.bias.data[5] -= 1.0
+
+    twin = copy.deepcopy(plain)
+    (step,) = run(plain, options={"rollout_context": another_policy}, pad_token_id=6)
+    trainer = copy.deepcopy(twin)
+    twin.head.bias.data[5] += 1.0
+    noise = torch.Generator().manual_seed(0)
+    prompts = [p for p in PROMPTS for _ in range(4)]
+    rollout = generate(twin, prompts, eos_token_ids=[EOS], max_new_tokens=6, generator=noise)
+    gap = (logprobs(trainer, rollout)[0] - rollout.logp)[rollout.mask.bool()].abs().max().item()
+    assert step.mismatch == pytest.approx(gap, rel=1e-4) and gap > 0.1
+
+
+def test_gradients_outside_the_optimizer_do_not_pile_up(plain):
+    optimizer = torch.optim.SGD(plain.head.parameters(), lr=0.1)
+    run(plain, optimizer=optimizer, prompts=PROMPTS * 2)
+    assert all(parameter.grad is None for parameter in plain.parameters())
+
+
 @pytest.mark.parametrize(
     "reward, config",
     [(lambda p, c: 0.7, {}), (lambda p, c: 0.0, {}), (count_fives, {"group_size": 1})],
@@ -239,6 +341,10 @@ def test_prompts_and_rewards_of_every_form(plain):
         ("ef", str, {"prompt": [4, 5], "answer": "y"}),
     ]
     seen.clear()
+    run(plain, lambda p, c, strict=False: reward(p, c, {"strict": strict}), [[1]], group_size=1)
+    run(plain, lambda p, c, meta=None: reward(p, c, meta), [{"prompt": [2]}], group_size=1)
+    assert seen == [([1], list, {"strict": False}), ([2], list, {"prompt": [2]})]
+    seen.clear()
     run(plain, lambda *a: reward(*a), [[1, 2], (3,), torch.tensor([4])], group_size=1)
     assert [s[:2] for s in seen] == [([1, 2], list), ([3], list), ([4], list)]
 
@@ -270,11 +376,13 @@ def test_later_minibatches_are_off_policy(plain):
 @pytest.mark.parametrize(
     "config, words",
     [
-        ({"group_size": 0}, "group_size must be at least 1, got 0"),
+        ({"group_size": 1.5}, "group_size must be an integer, at least 1, got 1.5"),
+        ({"pad_token_id": None}, "eos_token_id and pad_token_id must be integers"),
+        ({"group_size": 0}, "group_size must be an integer, at least 1, got 0"),
         ({"prompts_per_step": 0}, "prompts_per_step"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"minibatches": 0}, "minibatches"),
-        ({"micro_batch_size": 0}, "micro_batch_size must be None or at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be None or an integer"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"loss": "ppo"}, "loss must be one of .*'dapo'"),
         ({"advantage": "rank"}, "advantage must be one of"),
@@ -285,7 +393,7 @@ def test_later_minibatches_are_off_policy(plain):
 )
 def test_config_refuses(config, words):
     with pytest.raises(ValueError, match=words):
-        sa.grpo.Config(eos_token_id=0, **config)
+        sa.grpo.Config(**({"eos_token_id": 0} | config))
 
 
 def test_train_refuses_before_the_first_step(plain):
@@ -294,6 +402,11 @@ def test_train_refuses_before_the_first_step(plain):
     for prompts, reward, words in [
         ([], count_fives, "no prompts to train on"),
         (["text"], count_fives, "prompt 'text' is text: pass tokenizer="),
+        ([{"answer": 3}], count_fives, "prompt {'answer': 3} is neither token ids, nor text"),
+        ([3], count_fives, "prompt 3 is neither"),
+        ([None], count_fives, "prompt None is neither"),
+        ([[1.5]], count_fives, r"prompt \[1.5\] is neither"),
+        ([[1], []], count_fives, r"prompt \[\] has no token"),
         ([[1]], lambda: 1.0, "reward must take"),
     ]:
         with pytest.raises((ValueError, TypeError), match=words):
@@ -308,6 +421,8 @@ def test_a_reward_that_is_not_finite_names_its_prompt(plain):
     before = state(plain)
     with pytest.raises(ValueError, match=r"the reward of prompt \[3\], completion \[.*\] is nan"):
         run(plain, lambda p, c: math.nan if p == [3] else 0.0)
+    with pytest.raises(ValueError, match="completion .* is None, not a finite number"):
+        run(plain, lambda p, c: None)
     assert_same_bits(state(plain), before)
 
 
@@ -338,6 +453,23 @@ def test_evaluate(plain):
     with torch.no_grad():
         plain.head.bias[5] = 100.0
     assert sa.grpo.evaluate(plain, prompts, reward, config, greedy=True).mean == 1.0
+    plain.modes.clear()
+    plain.train()
+    with_context = []
+
+    @contextlib.contextmanager
+    def context():
+        with_context.append(1)
+        yield
+
+    small = {"batch_size": 64, "rollout_context": context}
+    parts = sa.grpo.evaluate(plain, prompts, lambda p, c: len(c), config, **small)
+    assert with_context == [1] and set(plain.modes) == {(False, False)}
+    assert parts.count == 250 and parts.mean == 4.0 == parts.low == parts.high
+    plain.head.bias.data[5] = 0.5
+    half = sa.grpo.evaluate(plain, prompts, lambda p, c: c.count(5) - 1.0, config, **small)
+    spread = half.high - half.low
+    assert half.mean < 0 < spread < 1
     with pytest.raises(ValueError, match="no prompts to evaluate on"):
         sa.grpo.evaluate(plain, [], reward, config)
 

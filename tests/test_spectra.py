@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nst
+from torch import nn
 
 import structadapt as sa
 from structadapt.spectra import powerlaw
@@ -29,6 +30,7 @@ def test_k_equal_values_are_k_directions(measure):
     for k in (1, 2, 7):
         assert measure([3.0] * k + [0.0] * 5) == pytest.approx(k)
     assert measure([]) == measure([0.0, 0.0]) == 0.0
+    assert measure([1e200, 1e200]) == measure([1e-320, 1e-320]) == pytest.approx(2)
     for bad in ([1.0, -1.0], [math.nan], [math.inf, 1.0], [[1.0]]):
         with pytest.raises(ValueError, match="singular values must be"):
             measure(bad)
@@ -76,8 +78,14 @@ def test_singular_values_of_a_low_rank_matrix_end_in_exact_zeros():
     s = sa.spectra.singular_values(factors[0] @ factors[1])
     assert (s[:4] > 0).all() and not s[4:].any()
     assert not sa.spectra.singular_values(torch.zeros(4, 3)).any()
+    for scale in (1e-170, 1e200):
+        s = sa.spectra.singular_values(factors[0] @ factors[1] * scale)
+        assert (s[:4] > 0).all() and not s[4:].any() and torch.isfinite(s).all()
+    assert sa.spectra.singular_values(torch.zeros(0, 3)).shape == (0,)
     with pytest.raises(ValueError, match="expected a matrix"):
         sa.spectra.singular_values(torch.zeros(3))
+    with pytest.raises(ValueError, match="the matrix is not finite"):
+        sa.spectra.singular_values(torch.full((2, 2), torch.nan))
 
 
 def test_power_law_of_a_pareto_sample():
@@ -108,6 +116,17 @@ def test_a_report_on_a_model(net, adapter, train_a_little):
         assert row["shape"] == tuple(delta.shape) and (row["status"], row["reason"]) == ("ok", "")
     with sa.merged(net):
         assert sa.spectra.analyze(net).rows == report.rows
+    fit = powerlaw.fit(sa.spectra.singular_values(delta).square().numpy())
+    assert row["alpha"] == (fit and pytest.approx(fit.alpha))
+    assert bool(fit) == (report.rows[-1]["effective_rank"] > 10)
+    base = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in sa.adapter_parameters(net):
+            parameter.add_(0.1)
+    differences = {r["name"]: r for r in sa.spectra.analyze(net, base=base).rows}
+    for row in sa.spectra.analyze(net).rows:
+        assert_same_row(row, differences[row["name"]], rel=1e-5)
+    assert differences["embed"]["frobenius_norm"] == 0.0
 
 
 def assert_same_row(left, right, rel):
@@ -148,12 +167,16 @@ def test_a_report_on_two_sets_of_weights(net, tmp_path):
     rows = {row["name"]: row for row in report.rows}
     assert rows["blocks.0.up"]["stable_rank"] == pytest.approx(1)
     assert rows["blocks.1.up"]["stable_rank"] == 0.0 and "embed" in rows
-    with pytest.raises(ValueError, match="nothing to compare"):
+    with pytest.raises(ValueError, match="no adapted layer|nothing to compare"):
         sa.spectra.analyze(net)
     with pytest.raises(ValueError, match="the base has no matrix blocks.0.attn"):
         sa.spectra.analyze(net, {"embed.weight": base["embed.weight"]})
     with pytest.raises(ValueError, match=r"embed is \(11, 32\) in the source and \(2, 2\)"):
         sa.spectra.analyze(net, {**base, "embed.weight": torch.ones(2, 2)})
+    with pytest.raises(ValueError, match="the source has no matrix"):
+        sa.spectra.analyze({"b": torch.ones(3)}, {})
+    root = nn.Linear(4, 4)
+    assert sa.spectra.analyze({"weight": torch.eye(4)}, root).rows[0]["name"] == ""
     (tmp_path / "cut.safetensors").write_bytes(b"\x08")
     with pytest.raises(ValueError, match="cut.safetensors is truncated"):
         sa.spectra.analyze(tmp_path / "cut.safetensors")

@@ -302,7 +302,7 @@ def test_merge_refuses_and_changes_nothing(net, ids, train_a_little):
     net.lm_head.weight = nn.Parameter(net.embed.weight.detach().clone(), requires_grad=False)
     train_a_little(net)
     before = bits(net)
-    with pytest.raises(RuntimeError, match="blocks.0.attn is not merged"):
+    with pytest.raises(RuntimeError, match="the model is not merged"):
         sa.unmerge(net)
     sa.merge(net)
     with pytest.raises(RuntimeError, match="blocks.0.attn is merged already"):
@@ -365,3 +365,126 @@ def test_flops_of_one_token():
     left_alone = [2, 3, 3]  # size of the third axis at each gate; the last has shrunk by then
     by_hand = sum(2 * n * a * b * c * d for n, (a, b, c, d) in zip(left_alone, shapes, strict=True))
     assert sa.plan(model, sa.QuanTA((2, 3, 4))).flops == by_hand
+
+
+# -- inside PyTorch --------------------------------------------------------------------------------
+
+
+def test_a_merge_under_autocast_is_exact(net, adapter, train_a_little):
+    base = {n: net.get_submodule(n).weight.detach().clone() for n in LINEAR}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sa.adapt(net, adapter)
+        with sa.merged(net):
+            assert all(torch.equal(net.get_submodule(n).weight, base[n]) for n in LINEAR)
+    train_a_little(net)
+    with sa.merged(net):
+        expected = {n: net.get_submodule(n).weight.clone() for n in LINEAR}
+    with torch.autocast("cpu", dtype=torch.bfloat16), sa.merged(net):
+        assert all(torch.equal(net.get_submodule(n).weight, expected[n]) for n in LINEAR)
+
+
+def test_low_precision_merges_round_once(net, adapter, train_a_little):
+    train_a_little(sa.adapt(net.bfloat16(), adapter))
+    with sa.merged(net):
+        merged = {n: net.get_submodule(n).weight.clone() for n in LINEAR}
+    for name, layer in ((n, net.get_submodule(n)) for n in LINEAR):
+        p = {k: t.detach().double() for k, t in layer.tensors().items()}
+        exact = layer.adapter.weight(layer.weight.double(), p)
+        error = (merged[name].double() - exact).abs()
+        assert (error <= 2.0**-8 * exact.abs() + 1e-6).all(), "more than one rounding"
+
+
+def test_casting_an_adapted_model_keeps_the_adapter_in_fp32(net, ids, adapter, train_a_little):
+    train_a_little(sa.adapt(net, adapter))
+    before = [p.detach().clone() for p in sa.adapter_parameters(net)]
+    objects = list(sa.adapter_parameters(net))
+    net.bfloat16().half().float().double().bfloat16()
+    assert [id(p) for p in sa.adapter_parameters(net)] == [id(p) for p in objects]
+    assert all(p.dtype == torch.float32 for p in objects)
+    assert all(torch.equal(p, b) for p, b in zip(objects, before, strict=True))
+    assert net(ids).dtype == torch.bfloat16
+
+
+def test_a_transformer_encoder_layer_uses_its_adapter_in_eval_mode(train_a_little):
+    """In eval mode torch's fast path reads weights without calling their layers."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 5, 16)
+    base = layer.eval()(x)
+    train_a_little(sa.adapt(layer, sa.LoRA(rank=2)))
+    adapted = layer(x)
+    assert (adapted - base).abs().max() > 1e-3
+    torch.testing.assert_close(layer.train()(x), adapted)
+    with sa.merged(layer.eval()):
+        torch.testing.assert_close(layer(x), adapted)
+
+
+def test_any_name_of_a_shared_layer_is_a_target():
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"first": shared, "second": shared, "other": nn.Linear(8, 8)})
+    assert adapted_names(sa.adapt(model, sa.LoRA(rank=2), "second")) == ["first"]
+    head = nn.Linear(8, 8)
+    model = nn.ModuleDict({"out": head, "lm_head": head, "other": nn.Linear(8, 8)})
+    assert adapted_names(sa.adapt(model, sa.LoRA(rank=2))) == ["other"]
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_computed_weights_are_refused(norm):
+    model = nn.Sequential(norm(nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match=r"computed by weight_norm|only nn.Linear can be adapted"):
+        sa.adapt(model, sa.LoRA(rank=2), "0")
+
+
+def test_an_attribute_of_the_same_name_is_refused(net):
+    net.blocks[1]["down"].A = 3
+    before = repr(net)
+    with pytest.raises(ValueError, match=r"blocks.1.down has an attribute A already"):
+        sa.adapt(net, sa.LoRA(rank=2))
+    assert repr(net) == before and all(p.requires_grad for p in net.parameters())
+    with pytest.raises(TypeError, match="target must be text, a callable or several"):
+        sa.adapt(net, sa.LoRA(), None)
+    net.blocks[0]["up"].weight = nn.Parameter(torch.empty(64, 0))
+    with pytest.raises(ValueError, match="blocks.0.up: its weight is empty"):
+        sa.adapt(net, sa.LoRA(), "up")
+
+
+def test_an_interrupted_merge_leaves_the_model_unmerged(net, ids, monkeypatch, train_a_little):
+    train_a_little(sa.adapt(net, sa.LoRA(rank=2)))
+    expected, calls = net(ids), []
+
+    def interrupt(self, name, value):
+        if name == "base_weight" and value is not None:
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+        nn.Module.__setattr__(self, name, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sa.AdaptedLinear, "__setattr__", interrupt)
+        sa.merge(net)
+    assert torch.equal(net(ids), expected)
+    sa.merge(net)
+    sa.unmerge(net)
+    assert torch.equal(net(ids), expected)
+
+
+def test_loading_a_state_dict_where_it_would_be_lost_or_wrong(net, ids, train_a_little):
+    base = bits(net)
+    other = {k: v + 0.1 if k.endswith("weight") else v for k, v in base.items()}
+    train_a_little(sa.adapt(net, sa.DoRA(rank=2)))
+    net.load_state_dict(base, strict=False)
+    with pytest.raises(RuntimeError, match="has a DoRA of another weight: load first, then adapt"):
+        net.load_state_dict(other, strict=False)
+    whole = bits(net)
+    net.load_state_dict(whole)
+    with sa.merged(net), pytest.raises(RuntimeError, match="attn is merged: unmerge first"):
+        net.load_state_dict(whole)
+    lora = sa.adapt(copy.deepcopy(Plain()), sa.LoRA(rank=2))
+    lora.load_state_dict({"0.weight": torch.ones(4, 4), "0.bias": torch.ones(4)}, strict=False)
+    assert (lora[0].weight == 1).all()
+
+
+class Plain(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4))

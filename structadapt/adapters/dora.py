@@ -15,8 +15,8 @@ class DoRA(LoRA):
     """W' = diag(m / ||V||_row) V with V = W + s B A, and m (out,) starting as ||W||_row.
 
     The norm is taken per output row and detached in the gradient (section 4.3 of the paper); the
-    bias is not scaled; m and the norm are fp32. A row of V that is exactly zero stays zero and
-    gets finite gradients. Errors as for LoRA.
+    bias is not scaled; m and the norm are fp32. A row of V that is exactly zero is a zero row of
+    W', with the gradients of LoRA, so that B can move it. Errors as for LoRA.
     """
 
     rank: int = 16

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from structadapt import ops
 from structadapt.adapters.base import Adapter, uniform
 
 SCALINGS = ("alpha/r", "alpha/sqrt(r)", "constant")
+LARGEST_RANK, LARGEST_ALPHA = 2**20, 1e9  # beyond any use; keeps what fp32 computes finite
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,18 @@ class LoRA(Adapter):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"{name}: rank must be a positive integer, got {self.rank!r}")
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if not number or not (0 < self.alpha < math.inf):
-            raise ValueError(f"{name}: alpha must be a positive number, got {self.alpha!r}")
+        whole = isinstance(self.rank, Integral) and not isinstance(self.rank, bool)
+        if not whole or not 0 < self.rank <= LARGEST_RANK:
+            raise ValueError(
+                f"{name}: rank must be a positive integer, got {self.rank!r} (at most 2^20)"
+            )
+        number = isinstance(self.alpha, Real) and not isinstance(self.alpha, bool)
+        if not number or not 0 < self.alpha <= LARGEST_ALPHA:
+            raise ValueError(
+                f"{name}: alpha must be a positive number, got {self.alpha!r} (at most 1e9)"
+            )
+        object.__setattr__(self, "rank", int(self.rank))  # numpy's numbers too
+        object.__setattr__(self, "alpha", float(self.alpha))
         if self.scaling not in SCALINGS:
             expected = ", ".join(map(repr, SCALINGS))
             raise ValueError(f"{name}: scaling must be one of {expected}, got {self.scaling!r}")

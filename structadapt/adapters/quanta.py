@@ -1,6 +1,7 @@
 """QuanTA: a full-rank update from small gates (Chen et al. 2024, https://arxiv.org/abs/2406.00132)."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -35,16 +36,16 @@ class QuanTA(Adapter):
     `init` (the method) returns gate_0, gate_1, ... in order of application, each of the shape
     (out_b, out_a, in_b, in_a) with b the earlier axis; "paper" adds frozen_0, ...
 
-    Raises ValueError for other axes or init, for sizes that fit neither side of a layer, and for a
-    width with no factorisation that costs fewer parameters than the weight itself.
+    Raises ValueError for other axes or init, for sizes that fit neither side of a layer, and, where
+    the sizes are chosen here, for a layer whose gates would cost as much as its weight.
     """
 
     axes: int | tuple[int, ...]
     start: str  # the constructor's `init`
 
     def __init__(self, axes: int | tuple[int, ...] = 3, init: str = "identity") -> None:
-        sizes = (axes,) if isinstance(axes, int) else tuple(axes)
-        n_axes = axes if isinstance(axes, int) else len(sizes)
+        sizes = tuple(axes) if isinstance(axes, Iterable) else (axes,)
+        n_axes = len(sizes) if isinstance(axes, Iterable) else axes
         whole = all(isinstance(d, int) and not isinstance(d, bool) and d > 0 for d in sizes)
         if not whole or not MIN_AXES <= n_axes <= MAX_AXES:
             raise ValueError(
@@ -114,7 +115,8 @@ class QuanTA(Adapter):
     def weight(self, W: Tensor, p: dict[str, Tensor]) -> Tensor:
         wide = ops.wide_dtype(W.dtype)
         columns = torch.eye(W.shape[1], dtype=wide, device=W.device)  # row i is e_i
-        return (W.to(wide) + self.update(columns, p).T).to(W.dtype)
+        with ops.no_autocast(W.device):
+            return (W.to(wide) + self.update(columns, p).T).to(W.dtype)
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None, p: dict[str, Tensor]) -> Tensor:
         y = torch.nn.functional.linear(x, W, bias)
@@ -139,7 +141,8 @@ def gate_shapes(
 def factorise(n: int, n_axes: int) -> tuple[int, ...]:
     """The n_axes factors of n, largest first, whose square gates have the fewest parameters."""
 
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    divisors = sorted({*small, *(n // d for d in small)})
 
     def choices(rest: int, axes: int, largest: int) -> list[tuple[int, ...]]:
         if axes == 1:

@@ -15,13 +15,12 @@ import copy
 import json
 import platform
 import random
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,16 @@ from structadapt.examples.options import (
     learning_rate,
     new_directory,
 )
+from structadapt.examples.process import first_interrupt, peak_memory_mib
 
 EVAL_EVERY = 16  # steps
-CURVE_PROBLEMS, FINAL_PROBLEMS = 300, 1000  # held-out, for the curve and for the table
+CURVE_PROBLEMS, END_PROBLEMS = 300, 1000  # held-out, for the curve and for the table
 MAX_PARAMETERS = 20_000_000
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the example. Returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run the example. Returns the exit code: 0; 1 for a run that diverged or could not write; 2
+    for bad input; 130 after Ctrl-C."""
     names = Settings.__dataclass_fields__
     settings = Settings(**{k: v for k, v in vars(args).items() if k in names})
     progress = show.Progress(quiet=args.quiet or args.json)
@@ -56,13 +57,17 @@ def main(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"structadapt grpo: error: {error}", file=sys.stderr)
         return 2
-    with _first_interrupt() as interrupted:
-        summary = run.execute(progress, interrupted)
+    try:
+        with first_interrupt() as interrupted:
+            summary = run.execute(progress, interrupted)
+    except OSError as error:  # a full disk
+        print(f"structadapt grpo: error: {error}", file=sys.stderr)
+        return 1
     if args.json:
         print(json.dumps(summary))
     else:
         print(show.result(summary, run.out))
-    return 130 if summary["interrupted"] else 0
+    return 130 if summary["interrupted"] else 1 if summary["failure"] else 0
 
 
 @dataclass
@@ -86,15 +91,15 @@ class Run:
         adapter = build_adapter(settings)
         torch.manual_seed(settings.seed)
         model = tiny_lm.TinyLM()
-        if adapter is not None:
-            plan = sa.plan(model, adapter, settings.target or "all-linear")
+        if settings.load is not None:
+            sa.load(copy.deepcopy(model), settings.load)
+        elif adapter is not None:
+            plan = sa.plan(model, adapter, _target(settings))
             if plan.parameters > MAX_PARAMETERS:
                 raise ValueError(
                     f"{adapter} trains {plan.parameters:,} parameters of a model that has "
                     f"{plan.base_parameters:,}: choose something smaller"
                 )
-        if settings.load is not None:
-            sa.load(copy.deepcopy(model), settings.load)
         config = sa.grpo.Config(
             eos_token_id=tiny_lm.EOS,
             pad_token_id=tiny_lm.EOS,
@@ -113,12 +118,12 @@ class Run:
         base = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
         write_atomically(self.out / "base.safetensors", safetensors.torch.save(base))
         parameters = self._adapt()
+        self._save()
         cold = time.perf_counter()
 
-        before = None if interrupted() else self._accuracy(FINAL_PROBLEMS)
-        steps = self._grpo(parameters, progress, interrupted)
-        self._save()
-        after = None if interrupted() else self._accuracy(FINAL_PROBLEMS)
+        before = None if interrupted() else self._accuracy()
+        steps, failure = self._grpo(parameters, progress, interrupted)
+        after = None if interrupted() or failure else self._accuracy()
         done = time.perf_counter()
 
         progress.say(show.curves(steps, self.out / "curves.png", str(self.adapter or "full")))
@@ -131,8 +136,9 @@ class Run:
             "dead_steps": [s["step"] for s in steps if s["updates"] == 0],
             "steps": len(steps),
             "interrupted": interrupted(),
+            "failure": failure,
             "seconds": {"cold_start": cold - began, "grpo": done - cold},
-            "peak_memory_mib": _peak_memory_mib(),
+            "peak_memory_mib": peak_memory_mib(),
             "spectra": sa.spectra.analyze(self.model, None if self.adapter else base).rows,
         }
         self._write("summary.json", summary)
@@ -142,16 +148,18 @@ class Run:
 
     def _cold_start(self, progress: show.Progress, interrupted: Callable[[], bool]) -> None:
         def accuracy() -> float:
-            return self._evaluate(CURVE_PROBLEMS, greedy=False).mean
+            return self._evaluate("curve", CURVE_PROBLEMS).mean
 
-        if self.settings.cold_start == 0:
+        target, seed, reached = self.settings.cold_start, self.settings.seed, 0.0
+        if target == 0:
             return
-        target, seed = self.settings.cold_start, self.settings.seed
-        for step, loss, reached in tiny_lm.cold_start(self.model, accuracy, target, seed):
-            progress.cold_start(step, loss, reached, target)
+        for step, loss, seen in tiny_lm.cold_start(self.model, accuracy, target, seed):
+            reached = reached if seen is None else seen
+            progress.cold_start(step, loss, seen, target)
             if interrupted():
-                break
-        progress.close()
+                return
+        if reached < target:
+            progress.say(f"the cold start ends at {reached:.3f}, short of {target:.2f}")
 
     def _adapt(self) -> list[nn.Parameter]:
         """Put the adapter on; returns what the optimizer trains."""
@@ -160,8 +168,7 @@ class Run:
         if self.settings.load is not None:
             sa.load(self.model, self.settings.load)
         else:
-            target = self.settings.target or "all-linear"
-            sa.adapt(self.model, self.adapter, target, seed=self.settings.seed)
+            sa.adapt(self.model, self.adapter, _target(self.settings), seed=self.settings.seed)
         return list(sa.adapter_parameters(self.model))
 
     def _grpo(
@@ -169,38 +176,42 @@ class Run:
         parameters: list[nn.Parameter],
         progress: show.Progress,
         interrupted: Callable[[], bool],
-    ) -> list[dict[str, Any]]:
-        """One epoch; every step's record, written to metrics.jsonl as it comes."""
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        """One epoch: every step's record, written to metrics.jsonl as it comes, and what ended it
+        before its time, if it diverged."""
         config, settings = self.config, self.settings
         rng = random.Random(f"grpo {settings.seed}")
-        prompts = tiny_lm.take(tiny_lm.problems(rng, held_out=False), settings.prompts)
+        prompts = list(islice(tiny_lm.problems(rng, held_out=False), settings.prompts))
         total = sa.grpo.steps_in(len(prompts), config)
         optimizer = torch.optim.AdamW(parameters, lr=learning_rate(settings), weight_decay=0.0)
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total * config.minibatches)
+        run = sa.grpo.train(
+            self.model,
+            optimizer,
+            prompts,
+            sa.grpo.exact_match,
+            config,
+            tokenizer=tiny_lm.CharTokenizer(),
+            rollout_context=self._rollout_context,
+            scheduler=decay,
+        )
         steps: list[dict[str, Any]] = []
-        with open(self.out / "metrics.jsonl", "w") as log:
-            if interrupted():
-                return steps
-            for record in sa.grpo.train(
-                self.model,
-                optimizer,
-                prompts,
-                tiny_lm.reward,
-                config,
-                tokenizer=tiny_lm.CharTokenizer(),
-                rollout_context=self._rollout_context,
-                scheduler=decay,
-            ):
-                look = record.step % EVAL_EVERY == EVAL_EVERY - 1 or record.step == total - 1
-                held_out = self._evaluate(CURVE_PROBLEMS, greedy=False).mean if look else None
-                steps.append({**asdict(record), "held_out": held_out})
-                log.write(json.dumps(steps[-1]) + "\n")
-                log.flush()
-                progress.step(steps[-1], total)
-                if interrupted():
-                    break
+        failure = None
+        try:
+            with open(self.out / "metrics.jsonl", "w") as log:
+                while not interrupted() and (record := next(run, None)) is not None:
+                    look = (record.step + 1) % EVAL_EVERY == 0 or record.step + 1 == total
+                    held_out = self._evaluate("curve", CURVE_PROBLEMS).mean if look else None
+                    steps.append({**asdict(record), "held_out": held_out})
+                    log.write(json.dumps(steps[-1]) + "\n")
+                    log.flush()
+                    progress.step(steps[-1], total)
+                    if look or interrupted():
+                        self._save()
+        except (FloatingPointError, ValueError) as error:  # not finite: a gradient, a merged weight
+            failure = str(error)
         progress.close()
-        return steps
+        return steps, failure
 
     def _save(self) -> None:
         if self.adapter is not None:
@@ -215,12 +226,12 @@ class Run:
         adapted = any(isinstance(m, sa.AdaptedLinear) for m in self.model.modules())
         return sa.merged(self.model) if adapted else contextlib.nullcontext()
 
-    def _evaluate(self, count: int, greedy: bool) -> sa.grpo.Evaluation:
-        held_out = tiny_lm.problems(random.Random("held out"), held_out=True)
+    def _evaluate(self, use: str, count: int, greedy: bool = False) -> sa.grpo.Evaluation:
+        held_out = tiny_lm.problems(random.Random(f"held out, {use}"), held_out=True)
         return sa.grpo.evaluate(
             self.model,
-            tiny_lm.take(held_out, count),
-            tiny_lm.reward,
+            list(islice(held_out, count)),
+            sa.grpo.exact_match,
             self.config,
             greedy=greedy,
             tokenizer=tiny_lm.CharTokenizer(),
@@ -228,14 +239,14 @@ class Run:
             seed=self.settings.seed,
         )
 
-    def _accuracy(self, count: int) -> dict[str, Any]:
-        greedy, sampled = (self._evaluate(count, greedy=greedy) for greedy in (True, False))
+    def _accuracy(self) -> dict[str, Any]:
+        greedy, sampled = (self._evaluate("end", END_PROBLEMS, mode) for mode in (True, False))
         return {
             "greedy": greedy.mean,
             "greedy_interval": [greedy.low, greedy.high],
             "sampled": sampled.mean,
             "sampled_interval": [sampled.low, sampled.high],
-            "problems": count,
+            "problems": END_PROBLEMS,
         }
 
     def _describe(self) -> dict[str, Any]:
@@ -258,6 +269,10 @@ class Run:
         write_atomically(self.out / name, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def _target(settings: Settings) -> str:
+    return "all-linear" if settings.target is None else settings.target
+
+
 def collapsed_at(steps: list[dict[str, Any]]) -> int | None:
     """The step from which on the reward stayed under a tenth of step 0's, or None.
 
@@ -268,36 +283,6 @@ def collapsed_at(steps: list[dict[str, Any]]) -> int | None:
         return None
     alive = [s["step"] for s in steps if s["reward"] >= steps[0]["reward"] / 10]
     return alive[-1] + 1 if len(steps) - alive[-1] > 3 else None
-
-
-def _peak_memory_mib() -> float | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-@contextlib.contextmanager
-def _first_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag, so that a step ends whole; the second one interrupts."""
-    seen: list[int] = []
-
-    def handler(number: int, frame: Any) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = signal.signal(signal.SIGINT, handler)
-    try:
-        yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 if __name__ == "__main__":

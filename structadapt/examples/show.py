@@ -81,7 +81,10 @@ def _bar(total: int) -> Any:
 def result(summary: dict[str, Any], out: Path) -> str:
     """The screen at the end of a run: accuracy before and after, the update's spectra."""
     lines = ["", f"{summary['adapter']}, {summary['parameters']:,} trained parameters", ""]
-    lines += _accuracy(summary["before"], summary["after"])
+    if summary["failure"]:
+        lines += [f"Diverged: {summary['failure']}. The last good adapter is saved."]
+    else:
+        lines += _accuracy(summary["before"], summary["after"])
     lines += [collapse(summary), "", "The update, layer by layer:", ""]
     lines += spectra(summary["spectra"])
     memory = summary["peak_memory_mib"]
@@ -117,7 +120,7 @@ def collapse(summary: dict[str, Any]) -> str | None:
     dead = [step for step in dead if step >= since]
     text = f"\nCollapsed at step {since}: the reward stays under a tenth of what it was at step 0."
     if dead:
-        text += NO_GRADIENT.format(f"In {len(dead)} of {steps - since} steps from {dead[0]} on")
+        text += NO_GRADIENT.format(f"In {len(dead)} of {steps - dead[0]} steps from {dead[0]} on")
     return text + "\nA lower --lr, or a lower --alpha at the same rank, takes smaller first steps."
 
 

@@ -8,6 +8,7 @@ are in neither the cold start nor the GRPO prompts.
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,8 @@ def problem(a: int, b: int) -> dict[str, str]:
 
 
 def is_held_out(a: int, b: int) -> bool:
-    return (a * 1_000_003 + b * 10_007) % 11 == 0
+    """One pair of operands in eleven, whatever their order."""
+    return (min(a, b) + 2 * max(a, b)) % 11 == 0
 
 
 def problems(rng: random.Random, held_out: bool, curriculum: bool = False) -> Iterator[dict]:
@@ -121,15 +123,6 @@ def problems(rng: random.Random, held_out: bool, curriculum: bool = False) -> It
         a, b = (rng.randrange(limit) for limit in limits)
         if is_held_out(a, b) == held_out:
             yield problem(a, b)
-
-
-def take(source: Iterator[dict], count: int) -> list[dict]:
-    return [next(source) for _ in range(count)]
-
-
-def reward(prompt: str, completion: str, meta: dict) -> float:
-    """1 for the right sum, else 0."""
-    return float(completion == meta["answer"])
 
 
 def cold_start(
@@ -150,7 +143,7 @@ def cold_start(
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, 1.0, total_iters=50)
     for step in range(1, max_steps + 1):
-        batch = [p["prompt"] + p["answer"] + "$" for p in take(source, 128)]
+        batch = [p["prompt"] + p["answer"] + "$" for p in islice(source, 128)]
         ids = torch.tensor([tokenizer.encode(text) for text in batch])
         logits = model(ids[:, :-1])
         assert isinstance(logits, Tensor)

@@ -16,7 +16,7 @@ from structadapt.grpo.rollout import evaluating, generate
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean reward on some prompts, with the 95 % Wilson interval of a reward that is 0 or 1."""
+    """Mean reward on some prompts, with its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -38,7 +38,8 @@ def evaluate(
 ) -> Evaluation:
     """One completion of each prompt, sampled at the config's temperature or greedy, in eval mode.
 
-    The interval assumes rewards of 0 and 1 (Wilson 1927). ValueError for no prompts.
+    The interval is Wilson's (1927) if every reward is 0 or 1, else the normal one. ValueError for
+    no prompts, or prompts of the wrong form.
     """
     if not len(prompts):
         raise ValueError("no prompts to evaluate on")
@@ -58,8 +59,12 @@ def evaluate(
                 generator=noise,
             )
             rewards.append(score(rollout, batch, checked, config.eos_token_ids, tokenizer))
-    values = torch.cat(rewards).double()
-    return Evaluation(values.mean().item(), *wilson(values.mean().item(), len(values)), len(values))
+    values = torch.cat(rewards)
+    mean, count = values.mean().item(), len(values)
+    if ((values == 0) | (values == 1)).all():
+        return Evaluation(mean, *wilson(mean, count), count)
+    half = 1.959964 * (values.var(correction=0) / count).sqrt().item()
+    return Evaluation(mean, mean - half, mean + half, count)
 
 
 def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:

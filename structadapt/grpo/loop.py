@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,9 +44,13 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("group_size", "prompts_per_step", "max_new_tokens", "minibatches"):
-            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+            value = getattr(self, name)
+            _check(isinstance(value, int) and value >= 1, name, "an integer, at least 1", value)
         micro = self.micro_batch_size
-        _check(micro is None or micro >= 1, "micro_batch_size", "None or at least 1", micro)
+        good = micro is None or (isinstance(micro, int) and micro >= 1)
+        _check(good, "micro_batch_size", "None or an integer, at least 1", micro)
+        good = all(isinstance(token, int) for token in (*self.eos_token_ids, self.pad_token_id))
+        _check(good, "eos_token_id and pad_token_id", "integers", self.eos_token_id)
         _check(self.temperature > 0, "temperature", "positive", self.temperature)
         _check(self.loss in objective.LOSSES, "loss", f"one of {objective.LOSSES}", self.loss)
         scalings = f"one of {objective.SCALINGS}"
@@ -56,8 +61,9 @@ class Config:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends a completion."""
         eos = self.eos_token_id
-        return (eos,) if isinstance(eos, int) else tuple(eos)
+        return tuple(eos) if isinstance(eos, Sequence) else (eos,)
 
 
 @dataclass(frozen=True)
@@ -106,12 +112,12 @@ def train(
 
     prompts: token ids, text, or records (see `Prompt`). reward: see `grpo.rewards`.
     tokenizer: anything with encode(text) -> ids and decode(ids) -> text; with one, prompts may be
-        text and the reward gets text.
+        text and the reward gets text. Apply a chat template before.
     scheduler: anything with step(), called after each step of the optimizer.
 
     Raises ValueError for no prompts, or prompts of the wrong form (before the first step); while
     running, ValueError for a reward that is not finite, and FloatingPointError for a gradient that
-    is not: the step's update is then not applied.
+    is not, before the optimizer would apply it.
     """
     if not len(prompts):
         raise ValueError("no prompts to train on")
@@ -160,8 +166,8 @@ def _steps(
         yield Step(
             step=step,
             prompts=start + len(batch),
-            reward=rewards.double().mean().item(),
-            reward_std=rewards.double().std().item() if rewards.numel() > 1 else 0.0,
+            reward=rewards.mean().item(),
+            reward_std=rewards.std().item() if rewards.numel() > 1 else 0.0,
             zero_std_fraction=objective.equal_groups(rewards).float().mean().item(),
             length=tokens / len(rollout),
             truncated=rollout.truncated.float().mean().item(),
@@ -199,29 +205,28 @@ def _update(
     scheduler: Any,
 ) -> dict[str, Any]:
     """Every minibatch's optimizer step; the fields of `Step` that it knows."""
-    device = rollout.mask.device
-    A = objective.advantages(rewards, config.advantage).flatten().to(device)
-    size = math.ceil(len(rollout) / config.minibatches)
+    A = objective.advantages(rewards, config.advantage).flatten().to(rollout.logp)
+    edges = [len(rollout) * i // config.minibatches for i in range(config.minibatches + 1)]
+    minibatches = [slice(*pair) for pair in pairwise(edges) if pair[0] < pair[1]]
     norms: list[float] = []
     clipped, mismatch = 0.0, 0.0
-    for start in range(0, len(rollout), size):
-        rows = slice(start, start + size)
+    for rows in minibatches:
         if A[rows].any():
             stats = _accumulate(model, optimizer, rollout[rows], A[rows], config)
             clipped += stats["clipped"]
             mismatch = mismatch if norms else stats["mismatch"]
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
             if not math.isfinite(norm):
-                optimizer.zero_grad()
+                model.zero_grad()
                 raise FloatingPointError(f"the gradient norm is {norm}")
             optimizer.step()
-            optimizer.zero_grad()
+            model.zero_grad()
             norms.append(norm)
             if scheduler is not None:
                 scheduler.step()
     tokens = max(rollout.mask.sum().item(), 1)
     return {
-        "kl": _kl_after(model, rollout[:size], config) if norms else 0.0,
+        "kl": _kl_after(model, rollout[minibatches[0]], config) if norms else 0.0,
         "clip_fraction": clipped / tokens,
         "grad_norm": sum(norms) / max(len(norms), 1),
         "mismatch": mismatch,
@@ -249,8 +254,8 @@ def _accumulate(
         objective.loss(*policy, config.loss, low, high, divisor).backward()
         with torch.no_grad():
             clipped += objective.clipped(*policy, low, high).sum().item()
-            gap = ((logp - part.logp) * part.mask).abs().max().item()
-            mismatch = max(mismatch, gap)
+            gap = torch.where(part.mask.bool(), (logp - part.logp).abs(), 0.0)
+            mismatch = max(mismatch, gap.max().item())
     return {"clipped": clipped, "mismatch": mismatch}
 
 

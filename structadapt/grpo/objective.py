@@ -4,7 +4,7 @@ P prompts, G completions of each, N = P G sequences of up to T tokens. mask (N, 
 first generated token through the end-of-sequence token, which counts.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from torch import Tensor
 Scaling = Literal["group", "batch", "none"]
 Loss = Literal["grpo", "dr_grpo", "dapo"]
 
-SCALINGS = ("group", "batch", "none")
-LOSSES = ("grpo", "dr_grpo", "dapo")
+SCALINGS, LOSSES = get_args(Scaling), get_args(Loss)
 MAX_LOG_RATIO = 20.0  # exp overflows near 88 in fp32
 
 
@@ -23,9 +22,9 @@ def advantages(rewards: Tensor, scaling: Scaling = "group", eps: float = 1e-4) -
     A = r - mean(r) over the group, divided by
         "group": the group's standard deviation + eps (GRPO, Shao et al. 2024, section 4.1)
         "batch": the standard deviation of all rewards + eps (Liu et al. 2025, "Tricks or traps?")
-        "none":  nothing (Dr. GRPO, Liu et al. 2025, section 3.2)
-    with the sample standard deviation (n - 1). Where the rewards of a group are equal up to
-    rounding, and so for a group of one, A is exactly 0.
+        "none":  nothing (Dr. GRPO, Liu et al. 2025, section 3.2: take it with loss "dr_grpo")
+    with the sample standard deviation (n - 1). Where the rewards of a group lie within 1e-6, or
+    1e-6 of the largest if that is above 1, and so for a group of one, A is exactly 0.
 
     Raises ValueError for a tensor that is not (P, G), not finite, or an unknown scaling.
     """
@@ -82,13 +81,21 @@ def loss(
         "dapo":    sum over tokens / tokens of the whole batch  (DAPO, Yu et al. 2025, eq. 8)
     clip_high > clip_low is DAPO's clip-higher.
 
-    logp, old_logp, mask (N, T); advantages (N,). divisor: `normalizer` of the whole batch, so that
-    the losses of its micro-batches add up to its loss; by default these sequences are the batch.
+    The KL penalty that some of these papers add is not part of it.
+
+    logp, old_logp, mask (N, T); advantages (N,), or (P, G) as `advantages` returns them. divisor:
+    `normalizer` of the whole batch, so that the losses of its micro-batches add up to its loss; by
+    default these sequences are the batch.
     max_tokens: the longest completion allowed, for "dr_grpo"; T by default.
+
+    Raises ValueError for an unknown kind, or shapes that do not fit.
     """
-    if divisor is None:
+    if divisor is None or kind not in LOSSES:
         divisor = normalizer(mask, kind, max_tokens or mask.shape[1])
-    A = advantages[:, None]
+    if not logp.shape == old_logp.shape == mask.shape or advantages.numel() != len(logp):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (logp, old_logp, mask, advantages))
+        raise ValueError(f"logp, old_logp, mask (N, T) and advantages (N,) have shapes {shapes}")
+    A = advantages.reshape(-1, 1)
     rho = ratio(logp, old_logp)
     per_token = -torch.minimum(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
     per_token = torch.where(mask.bool(), per_token, 0.0)

@@ -7,6 +7,7 @@ value is a finite number.
 
 import inspect
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,29 +35,37 @@ def exact_match(prompt: Any, completion: Any, meta: Mapping[str, Any]) -> float:
 def with_meta(reward: Reward) -> Callable[[Any, Any, Mapping[str, Any]], float]:
     """The reward as a function of three arguments that checks what it returns.
 
-    Raises TypeError for a callable of neither form; when called, ValueError for a value that is
-    not a finite number, naming the prompt.
+    A third argument with a default gets meta only if it is called so. Raises TypeError for a
+    callable of neither form; when called, ValueError for a value that is not a finite number,
+    naming the prompt.
     """
     signature = inspect.signature(reward)
-    for arity in (3, 2):
-        try:
-            signature.bind(*range(arity))
-        except TypeError:
-            continue
-        break
-    else:
+    places = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY,
+              p.POSITIONAL_OR_KEYWORD)]  # fmt: skip
+    several = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+    third = places[2] if len(places) > 2 else None
+    wants_meta = several if third is None else third.default is third.empty or third.name == "meta"
+    arity = 3 if wants_meta else 2
+    try:
+        signature.bind(*range(arity))
+    except TypeError:
         raise TypeError(
             f"reward must take (prompt, completion) or (prompt, completion, meta), "
             f"but its signature is {signature}"
-        )
+        ) from None
 
     def checked(prompt: Any, completion: Any, meta: Mapping[str, Any]) -> float:
-        value = float(reward(*(prompt, completion, meta)[:arity]))
-        if not math.isfinite(value):
+        value = reward(*(prompt, completion, meta)[:arity])
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
             raise ValueError(
-                f"the reward of prompt {prompt!r}, completion {completion!r} is {value}"
+                f"the reward of prompt {prompt!r}, completion {completion!r} is {value!r}, "
+                "not a finite number"
             )
-        return value
+        return number
 
     return checked
 
@@ -71,15 +80,25 @@ class Record:
 
 
 def record(prompt: Prompt, tokenizer: Any) -> Record:
-    """A prompt in any of its forms. ValueError for text without a tokenizer."""
+    """A prompt in any of its forms. ValueError for one of another form, or without a token."""
     meta = prompt if isinstance(prompt, Mapping) else {}
-    shown: Any = prompt["prompt"] if isinstance(prompt, Mapping) else prompt
+    shown: Any = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     if isinstance(shown, str):
         if tokenizer is None:
             raise ValueError(f"prompt {shown!r} is text: pass tokenizer=, or token ids")
-        return Record(list(tokenizer.encode(shown)), shown, meta)
-    ids = [int(token) for token in shown]
-    return Record(ids, ids if tokenizer is None else tokenizer.decode(ids), meta)
+        ids = list(tokenizer.encode(shown))
+    else:
+        try:
+            ids = [operator.index(token) for token in shown]
+        except TypeError:
+            raise ValueError(
+                f"prompt {prompt!r} is neither token ids, nor text, nor a record with one of them "
+                'under "prompt"'
+            ) from None
+        shown = ids if tokenizer is None else tokenizer.decode(ids)
+    if not ids:
+        raise ValueError(f"prompt {prompt!r} has no token")
+    return Record(ids, shown, meta)
 
 
 def score(
@@ -89,11 +108,11 @@ def score(
     eos_token_ids: Sequence[int],
     tokenizer: Any,
 ) -> Tensor:
-    """The rewards of a rollout, (prompts, group) fp32 on the CPU."""
+    """The rewards of a rollout, (prompts, group) float64 on the CPU."""
     completions: list[Any] = rollout.completions(eos_token_ids)
     if tokenizer is not None:
         completions = [tokenizer.decode(ids) for ids in completions]
     group = len(rollout) // len(batch)
     repeated = [record for record in batch for _ in range(group)]
     values = [reward(r.shown, c, r.meta) for r, c in zip(repeated, completions, strict=True)]
-    return torch.tensor(values, dtype=torch.float32).view(len(batch), group)
+    return torch.tensor(values, dtype=torch.float64).view(len(batch), group)

@@ -3,8 +3,9 @@
 A model is any callable module on token ids. Two forms are understood:
     transformers: forward(input_ids, attention_mask, position_ids, past_key_values, use_cache)
         with .logits and .past_key_values in what it returns: sampled with its cache;
-    plain: forward(ids, mask, position_ids) -> logits, or only the first of these arguments:
-        every new token runs the whole sequence.
+    plain: forward(ids, mask, position_ids) -> logits, without the last or the last two if it
+        likes: every new token runs the whole sequence.
+mask may be called attention_mask, and position_ids positions; other names go by place.
 logits (N, L, V); ids and position_ids (N, L) int64; mask (N, L) int64, 1 where there is a token.
 """
 
@@ -67,9 +68,14 @@ def generate(
     is: see `evaluating` for eval mode. generator: on the model's device. share_prompts: run equal
     prompts that stand together once; needs a model with a cache.
 
-    Raises ValueError for an empty prompt; prompts of unequal lengths for a model whose forward
-    takes no mask; share_prompts for a model without a cache.
+    Raises ValueError for max_new_tokens < 1 or temperature < 0; an empty prompt; prompts of unequal
+    lengths for a model whose forward takes no mask; share_prompts for a model without a cache.
     """
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError(
+            f"max_new_tokens must be at least 1 and temperature not negative, "
+            f"got {max_new_tokens} and {temperature}"
+        )
     device = next(model.parameters()).device
     prompt, prompt_mask = _pad_left(prompts, pad_token_id, device)
     network = _Network(model, padded=not bool(prompt_mask.all()))
@@ -128,22 +134,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+MASK_NAMES, POSITION_NAMES = ("attention_mask", "mask"), ("position_ids", "positions")
+
+
 class _Network:
     """One way to call a model of either form; keeps the cache between tokens."""
 
     def __init__(self, model: nn.Module, padded: bool) -> None:
-        parameters = inspect.signature(model.forward).parameters
         self.model = model
+        self.kind = type(_innermost(model)).__name__
+        parameters = inspect.signature(_innermost(model).forward).parameters
         self.cached = "past_key_values" in parameters and "use_cache" in parameters
-        self.by_keyword = "attention_mask" in parameters
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        kinds = [p.kind for p in parameters.values()]
-        self.takes = 3 if inspect.Parameter.VAR_POSITIONAL in kinds else 0
-        self.takes = self.takes or min(sum(kind in positional for kind in kinds), 3)
-        if padded and not self.by_keyword and self.takes < 2:
+        first, *others = parameters.values()
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in others)
+        known = {*MASK_NAMES, *POSITION_NAMES}
+        required = [p.name for p in others if p.default is p.empty and p.kind not in
+                    (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in known]  # fmt: skip
+        self.mask_name, self.position_name = (
+            next((name for name in names if name in parameters), None)
+            or (names[0] if open_ended else None)
+            or (required.pop(0) if required else None)
+            for names in (MASK_NAMES, POSITION_NAMES)
+        )
+        if required or first.kind is first.VAR_POSITIONAL:
             raise ValueError(
-                f"prompts of unequal lengths need padding, and {type(model).__name__}.forward "
-                "takes no mask: pass prompts of one length, or take (ids, mask, position_ids)"
+                f"{self.kind}.forward{inspect.signature(_innermost(model).forward)} is not "
+                "understood: let it take (ids, mask, position_ids)"
+            )
+        if padded and self.mask_name is None:
+            raise ValueError(
+                f"prompts of unequal lengths need padding, and {self.kind}.forward takes no mask: "
+                "pass prompts of one length, or let it take (ids, mask, position_ids)"
             )
         self.cache: Any = None
         self.ids: Tensor | None = None  # all so far, for a model without a cache
@@ -156,8 +177,7 @@ class _Network:
         """(N, V) after the prompts; `extend` goes on from there."""
         if not self.cached:
             if share:
-                kind = type(self.model).__name__
-                raise ValueError(f"share_prompts needs a cache, and {kind}.forward takes none")
+                raise ValueError(f"share_prompts needs a cache, and {self.kind}.forward has none")
             self.ids = ids
             return self.logits(ids, mask)[:, -1]
         rows = torch.arange(len(ids), device=ids.device)
@@ -183,17 +203,32 @@ class _Network:
         return _logits(out)
 
     def _call(self, ids: Tensor, mask: Tensor, positions: Tensor, **cache: Any) -> Any:
-        if self.by_keyword:
-            if self.cached and not cache:
-                cache = {"use_cache": False}
-            return self.model(ids, attention_mask=mask, position_ids=positions, **cache)
-        return self.model(*(ids, mask, positions)[: self.takes], **cache)
+        if self.cached and not cache:
+            cache = {"use_cache": False}
+        named = {self.mask_name: mask, self.position_name: positions}
+        return self.model(ids, **{name: t for name, t in named.items() if name}, **cache)
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    """The module that torch.compile or DistributedDataParallel wraps: it has the signature."""
+    while True:
+        parameters = inspect.signature(model.forward).parameters.values()
+        opaque = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+        inner = getattr(model, "_orig_mod", None) or (
+            getattr(model, "module", None) if opaque else 0
+        )
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _cache(out: Any) -> Any:
     cache = out[1] if isinstance(out, tuple) else out.past_key_values
     if cache is None:
-        raise ValueError("the model returned no cache though use_cache=True was passed")
+        raise ValueError(
+            "the model returned no cache though use_cache=True was passed, as transformers' models "
+            "do with gradient checkpointing in train mode: leave out share_prompts"
+        )
     return cache
 
 

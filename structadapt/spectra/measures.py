@@ -26,7 +26,8 @@ def _measure(function: Callable[..., float]) -> Callable[..., float]:
 
     @wraps(function)
     def checked(s: Spectrum, *args: Any, **kwargs: Any) -> float:
-        values = torch.as_tensor(s).detach().to("cpu", torch.float64)
+        values = s if isinstance(s, Tensor) else torch.as_tensor(s, dtype=torch.float64)
+        values = values.detach().to("cpu", torch.float64)
         if values.dim() != 1:
             raise ValueError(f"singular values must be 1-D, got shape {tuple(values.shape)}")
         if not torch.isfinite(values).all() or (values < 0).any():
@@ -80,13 +81,17 @@ def singular_values(matrix: Tensor) -> Tensor:
 
     From the eigenvalues of the Gram matrix of the smaller side, formed in float64: several times
     faster than an SVD. Values below about 1e-7 of the largest cannot be told from rounding and
-    are returned as exactly 0.
+    are returned as exactly 0. ValueError for what is not a matrix, or not finite.
     """
     if matrix.dim() != 2:
         raise ValueError(f"expected a matrix, got shape {tuple(matrix.shape)}")
     X = matrix.detach().to(torch.float64)
-    if X.shape[0] < X.shape[1]:
-        X = X.T
+    if not torch.isfinite(X).all():
+        raise ValueError("the matrix is not finite")
+    size = X.abs().max() if X.numel() else X.new_zeros(())
+    if size == 0:
+        return X.new_zeros(min(X.shape))
+    X = (X if X.shape[0] >= X.shape[1] else X.T) / size  # so that no square over- or underflows
     energy = torch.linalg.eigvalsh(X.T @ X).flip(0)
-    floor = len(energy) * torch.finfo(torch.float64).eps * energy[:1].clamp(min=0)
-    return torch.where(energy > floor, energy, 0.0).sqrt()
+    floor = len(energy) * torch.finfo(torch.float64).eps * energy[0]
+    return torch.where(energy > floor, energy, 0.0).sqrt() * size

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from structadapt.checkpoint import SavedLayer, is_adapter_file, read_adapters
+from structadapt.checkpoint import SavedLayer, is_adapter_file, read_adapters, read_tensors
+from structadapt.layers import AdaptedLinear, adapted_layers
 from structadapt.spectra import measures, powerlaw
-from structadapt.surgery import AdaptedLinear, adapted_layers
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -73,13 +72,14 @@ def analyze(source: Source, base: Source | None = None) -> Report:
 
     source: an adapted model, or an adapter file written by `structadapt.save`: the update of each
         adapted layer. With `base`: also a model, a state dict or a safetensors file of weights,
-        and the rows are the differences of every matrix that both have.
-    base: the base weights as a model, a state dict or a safetensors file. An adapter file needs
-        them for `relative_norm`, and for the whole update of an adapter that depends on them
-        (DoRA); without them such a row is "partial".
+        and the rows are the differences of every matrix of the source; an adapted model counts
+        as its adapted weights.
+    base: the base weights as a model, adapted or not, a state dict or a safetensors file. An
+        adapter file needs them for `relative_norm`, and for the whole update of an adapter that
+        depends on them (DoRA); without them such a row is "partial".
 
-    One matrix is held at a time. Raises FileNotFoundError; ValueError for a model that is not
-    adapted when there is no base, a base that lacks a matrix, or one of another shape.
+    Raises FileNotFoundError; ValueError for a model that is not adapted when there is no base, a
+    file that is damaged, a base that lacks a matrix, or one of another shape.
     """
     return Report([_row(*update) for update in _updates(source, base)])
 
@@ -88,10 +88,7 @@ def _updates(
     source: Source, base: Source | None
 ) -> Iterator[tuple[str, Tensor, Tensor | None, str]]:
     """(name, W' - W, W or None, reason if only part of it) of every matrix."""
-    adapted = isinstance(source, nn.Module) and any(
-        isinstance(module, AdaptedLinear) for module in source.modules()
-    )
-    if isinstance(source, nn.Module) and adapted and base is None:
+    if isinstance(source, nn.Module) and base is None:
         for name, layer in adapted_layers(source).items():
             yield name, layer.delta_weight(), layer.frozen_weight.detach(), ""
     elif isinstance(source, str | os.PathLike) and is_adapter_file(source):
@@ -104,7 +101,9 @@ def _updates(
             "weights that this source started from"
         )
     else:
-        tuned, weights = _weights(source), _weights(base)
+        tuned, weights = _weights(source, adapted=True), _weights(base)
+        if not tuned:
+            raise ValueError("the source has no matrix")
         for name in tuned:
             W = _base_weight(weights, name, tuple(tuned[name].shape))
             yield name, (tuned[name].double() - W.double()).float(), W, ""
@@ -133,20 +132,31 @@ def _base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...
     return weights[name].detach()
 
 
-def _weights(source: Source) -> dict[str, Tensor]:
-    """Matrices by layer name, without the suffix `.weight`; of an adapted model, the base's."""
+def _weights(source: Source, adapted: bool = False) -> dict[str, Tensor]:
+    """Matrices by layer name, without the suffix `.weight`.
+
+    Of an adapted model, the base's weights, or with `adapted` W' in float64.
+    """
+    others: set[str] = set()  # tensors that are an adapter's
     if isinstance(source, nn.Module):
         tensors: Mapping[str, Tensor] = source.state_dict()
-        adapted = {n: m for n, m in source.named_modules() if isinstance(m, AdaptedLinear)}
-        tensors = {**tensors, **{f"{n}.weight": m.frozen_weight for n, m in adapted.items()}}
+        layers = {n: m for n, m in source.named_modules() if isinstance(m, AdaptedLinear)}
+        ours = {
+            f"{n}.weight": m.frozen_weight.double() + m.delta_weight()
+            if adapted
+            else m.frozen_weight
+            for n, m in layers.items()
+        }
+        tensors = {**tensors, **ours}
+        others = {f"{n}.{key}" for n, m in layers.items() for key in m.tensor_names}
     elif isinstance(source, Mapping):
         tensors = source
     else:
-        tensors = safetensors.torch.load_file(source)
+        tensors = read_tensors(source)
     return {
-        name.removesuffix(".weight"): tensor.detach().cpu()
+        "" if name == "weight" else name.removesuffix(".weight"): tensor.detach().cpu()
         for name, tensor in tensors.items()
-        if name.endswith("weight") and tensor.dim() == 2 and tensor.is_floating_point()
+        if tensor.dim() == 2 and tensor.is_floating_point() and name not in others
     }
 
 
@@ -158,7 +168,7 @@ def _row(name: str, delta: Tensor, W: Tensor | None, partial: str) -> dict[str, 
     s = measures.singular_values(delta)
     norm = torch.linalg.vector_norm(s).item()
     base_norm = 0.0 if W is None else torch.linalg.vector_norm(W.double()).item()
-    power = powerlaw.fit(s.square().numpy())
+    power = powerlaw.fit(s.square().cpu().numpy())
     for function in (
         measures.effective_rank,
         measures.effective_rank_energy,
