@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,6 +182,17 @@ def test_low_rank_refuses(kind, arguments, words):
     assert str(error.value).startswith(kind.__name__)
 
 
+def test_a_large_scale_does_not_overflow_fp16_at_the_start():
+    adapter = sa.LoRA(rank=8, alpha=512, scaling="constant")
+    x, W, b = layer((16, 64), torch.float16)
+    assert torch.equal(adapter.forward(1000 * x, W, b, adapter.init(W)), F.linear(1000 * x, W, b))
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert sa.LoRA(np.int64(4), np.float32(8)) == sa.LoRA(4, 8.0)
+    assert type(sa.LoRA(np.int64(4)).rank) is int
+
+
 # -- DoRA ------------------------------------------------------------------------------------------
 
 
@@ -218,8 +230,10 @@ def test_dora_with_zero_rows_cancelling_rows_and_zero_magnitudes(dtype):
     rows = adapter.weight(W, p)
     assert torch.isfinite(y).all() and not rows[:3].any()
     torch.testing.assert_close(y[..., :3], b[:3].expand_as(y[..., :3]), rtol=1e-2, atol=1e-2)
-    for gradient in gradients(y, list(p.values())):
-        assert torch.isfinite(gradient).all()
+    found = dict(zip(p, gradients(y, list(p.values())), strict=True))
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+    assert found["B"][:2].any(1).all(), "a zero row can leave zero"
+    assert not found["m"][:2].any()
 
 
 def test_dora_keeps_its_norm_in_fp32_under_autocast():
@@ -323,6 +337,8 @@ def test_quanta_tensors():
     assert list(p) == [f"{name}_{i}" for name in ("gate", "frozen") for i in range(3)]
     assert all(torch.equal(p[f"gate_{i}"], p[f"frozen_{i}"]) for i in range(3))
     assert p["gate_0"].abs().max() <= math.sqrt(3 / 12) and p["gate_0"].std() > 0.2
+    p = sa.QuanTA((3, 3, 3), init="paper").init(torch.zeros(27, 27))
+    assert not torch.equal(p["gate_0"], p["gate_1"])
     p = sa.QuanTA((2, 3, 4), init="zero_last").init(W)
     assert p["gate_1"].any() and not p["gate_2"].any()
 
@@ -337,7 +353,9 @@ def test_every_gate_entry_and_every_output_row_takes_part(perturb):
         assert (adapter.weight(W, p) - W).abs().amax(1).min() > 0
 
 
-@pytest.mark.parametrize("axes", [2, 6, 0, (4, 4), (1,) * 6, (4, 0, 4), (4, 4.0, 4), True])
+@pytest.mark.parametrize(
+    "axes", [2, 6, 0, 3.0, None, "333", (4, 4), (1,) * 6, (4, 0, 4), (4, 4.0, 4), True]
+)
 def test_quanta_refuses_axes(axes):
     with pytest.raises(ValueError, match="axes must be a number from 3 to 5 or as many positive"):
         sa.QuanTA(axes)

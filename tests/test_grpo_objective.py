@@ -123,7 +123,26 @@ def test_clipped_tokens_get_no_gradient(batch):
     assert torch.equal(clipped, (gradient == 0) & (mask == 1)) and clipped.any()
 
 
+def test_advantages_come_as_they_are_or_flat(batch):
+    logp, old, A, mask = batch
+    expected = sa.grpo.loss(*batch)
+    assert sa.grpo.loss(logp, old, A.view(2, 3), mask) == expected
+    for wrong in (A[:5], A.repeat(2), A[0]):
+        with pytest.raises(ValueError, match=r"have shapes \(6, 7\), \(6, 7\), \(6, 7\), \("):
+            sa.grpo.loss(logp, old, wrong, mask)
+    with pytest.raises(ValueError, match=r"have shapes \(6, 7\), \(6, 5\)"):
+        sa.grpo.loss(logp, old[:, :5], A, mask)
+    with pytest.raises(ValueError, match="loss must be one of"):
+        sa.grpo.loss(*batch, kind="ppo", divisor=1.0)
+
+
 def test_an_enormous_ratio_stays_finite():
+    assert objective.ratio(torch.tensor(300.0), torch.tensor(0.0)).item() == pytest.approx(
+        math.exp(20)
+    )
+    assert objective.ratio(torch.tensor(-1.0), torch.tensor(0.5)).item() == pytest.approx(
+        math.exp(-1.5)
+    )
     logp = torch.tensor([[0.0, -300.0]], requires_grad=True)
     old = torch.tensor([[-300.0, 0.0]])
     for A in (1.0, -1.0):

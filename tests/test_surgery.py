@@ -336,6 +336,7 @@ def test_delta_weights(net, adapter, train_a_little):
         p = {k: t.double() for k, t in layer.tensors().items()}
         torch.testing.assert_close(delta, (layer.adapter.weight(W, p) - W).float())
         assert not delta.requires_grad
+        assert torch.equal(delta, (layer.adapter.weight(W, p) - W).float()), "formed in float64"
 
 
 def test_plan_counts_what_adapt_does(net, adapter):
