@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from structadapt.adapters.base import Adapter
-from structadapt.layers import AdaptedLinear, adapted_layers, linear_layers
+from structadapt.layers import AdaptedLinear, adapted_layers, find_adapted, linear_layers
 from structadapt.ops import wide_dtype
 from structadapt.surgery import attach, refuse_wrong_order
 from structadapt.targets import near
@@ -80,7 +80,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """
     refuse_wrong_order(model)
     saved = read_adapters(path)
-    adapted = {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    adapted = find_adapted(model)
     candidates = linear_layers(model)
     found = (_difference(name, layer, candidates) for name, layer in saved.items())
     differences = [difference for difference in found if difference]

@@ -94,9 +94,14 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in modules if type(m) is nn.Linear or isinstance(m, AdaptedLinear)}
 
 
+def find_adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The adapted layers by name, if there are any."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+
+
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted layers by name. Raises ValueError if there are none."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    layers = find_adapted(model)
     if not layers:
         raise ValueError("this model has no adapted layer: call structadapt.adapt or load first")
     return layers

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from structadapt.adapters.base import Adapter
-from structadapt.layers import AdaptedLinear, adapted_layers, linear_layers
+from structadapt.layers import AdaptedLinear, adapted_layers, find_adapted, linear_layers
 from structadapt.planning import Plan, layer_plan
 from structadapt.targets import Target, select
 
@@ -260,6 +260,5 @@ def summary(model: nn.Module) -> Plan:
 
 
 def _base_parameters(model: nn.Module) -> int:
-    layers = [m for m in model.modules() if isinstance(m, AdaptedLinear)]
-    ours = {id(p) for layer in layers for p in layer.trained_tensors()}
+    ours = {id(p) for layer in find_adapted(model).values() for p in layer.trained_tensors()}
     return sum(p.numel() for p in model.parameters() if id(p) not in ours)

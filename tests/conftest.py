@@ -28,15 +28,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("adapter", ADAPTERS, ids=repr)
 
 
-def perturb(p, scale=0.3, seed=1):
-    """The same tensors after some imaginary training; frozen ones stay."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = {
-        k: scale * torch.randn(t.shape, generator=generator, dtype=t.dtype) for k, t in p.items()
-    }
-    return {k: t if k.startswith("frozen_") else t + noise[k] for k, t in p.items()}
-
-
 class Net(nn.Module):
     """Two blocks and a head, square and rectangular layers, with and without bias."""
 
@@ -89,6 +80,13 @@ def ids():
     return torch.randint(0, 11, (3, 7), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(name="perturb")
-def perturb_fixture():
-    return perturb
+@pytest.fixture
+def perturb():
+    """The same tensors after some imaginary training; frozen ones stay."""
+
+    def moved(p, scale=0.3, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        noise = {k: torch.randn(t.shape, generator=generator, dtype=t.dtype) for k, t in p.items()}
+        return {k: t if k.startswith("frozen_") else t + scale * noise[k] for k, t in p.items()}
+
+    return moved

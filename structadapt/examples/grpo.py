@@ -39,6 +39,7 @@ from structadapt.examples.options import (
     new_directory,
 )
 from structadapt.examples.process import first_interrupt, peak_memory_mib
+from structadapt.layers import find_adapted
 
 EVAL_EVERY = 16  # steps
 CURVE_PROBLEMS, END_PROBLEMS = 300, 1000  # held-out, for the curve and for the table
@@ -223,7 +224,7 @@ class Run:
     # -- helpers -----------------------------------------------------------------------------------
 
     def _rollout_context(self) -> contextlib.AbstractContextManager[None]:
-        adapted = any(isinstance(m, sa.AdaptedLinear) for m in self.model.modules())
+        adapted = find_adapted(self.model)  # not yet, in the cold start
         return sa.merged(self.model) if adapted else contextlib.nullcontext()
 
     def _evaluate(self, use: str, count: int, greedy: bool = False) -> sa.grpo.Evaluation:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from structadapt.checkpoint import SavedLayer, is_adapter_file, read_adapters, read_tensors
-from structadapt.layers import AdaptedLinear, adapted_layers
+from structadapt.layers import adapted_layers, find_adapted
 from structadapt.spectra import measures, powerlaw
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
@@ -140,7 +140,7 @@ def _weights(source: Source, adapted: bool = False) -> dict[str, Tensor]:
     others: set[str] = set()  # tensors that are an adapter's
     if isinstance(source, nn.Module):
         tensors: Mapping[str, Tensor] = source.state_dict()
-        layers = {n: m for n, m in source.named_modules() if isinstance(m, AdaptedLinear)}
+        layers = find_adapted(source)
         ours = {
             f"{n}.weight": m.frozen_weight.double() + m.delta_weight()
             if adapted
