@@ -61,24 +61,37 @@ class AdaptedLinear(nn.Linear):
         return self
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        """Refuse weights that would be lost at `unmerge`, or that the adapter does not fit."""
-        errors: list[str] = args[-1] if args else kwargs["error_msgs"]
-        if self.base_weight is not None:
-            errors.append(f"{prefix[:-1]} is merged: unmerge first, then load")
-        elif self._other_base(state_dict, prefix):
-            kind = type(self.adapter).__name__
-            errors.append(f"{prefix[:-1]} has a {kind} of another weight: load first, then adapt")
-        else:
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _other_base(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        """Whether only another W comes in, under an adapter that was made for this one."""
+        """Load as nn.Linear does. A checkpoint without any adapter is the base's: it loads, also
+        when strict, and the adapter stays as it is, unless it was made for another W."""
+        adapters = {key.rsplit(".", 1)[-1] for key in state_dict} & {*self.tensor_names}
         W = state_dict.get(f"{prefix}weight")
-        if W is None or self.adapter.additive or f"{prefix}{self.tensor_names[0]}" in state_dict:
-            return False
-        return not torch.equal(W.to(self.weight), self.weight)
+        if self.base_weight is not None:
+            error_msgs.append(f"{prefix[:-1]} is merged: unmerge first, then load")
+            return
+        if not (adapters or self.adapter.additive or W is None or self._is_base(W)):
+            kind = type(self.adapter).__name__
+            error_msgs.append(
+                f"{prefix[:-1]} has a {kind} of another weight: load first, then adapt"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not adapters:
+            own = {f"{prefix}{name}" for name in self.tensor_names}
+            missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    def _is_base(self, W: Tensor) -> bool:
+        return torch.equal(W.to(self.weight), self.weight)
 
     def trained_tensors(self) -> list[nn.Parameter]:
         """The adapter's tensors that train."""

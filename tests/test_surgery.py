@@ -44,8 +44,12 @@ def test_adapt_keeps_the_layer_its_keys_and_its_output(net, ids, adapter):
     assert torch.equal(net.eval()(ids), expected)
     state = net.state_dict()
     assert same({k: state[k] for k in base}, base)
-    missing, unexpected = net.load_state_dict(base, strict=False)
-    assert not unexpected and set(missing) == state.keys() - base.keys()
+    net.load_state_dict(base)  # a base checkpoint keeps loading
+    name = next(iter(state.keys() - base.keys()))
+    with pytest.raises(RuntimeError, match=rf"Missing key\(s\) in state_dict: \"{name}\""):
+        net.load_state_dict({k: v for k, v in state.items() if k != name})
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"blocks.0.up.weight"):
+        net.load_state_dict({k: v for k, v in base.items() if k != "blocks.0.up.weight"})
 
 
 def test_only_adapters_train(net, ids, adapter):
