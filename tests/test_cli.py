@@ -300,7 +300,7 @@ def test_rank_256_collapses_at_alpha_2r_and_not_at_alpha_16(tmp_path, capsys):
     assert "gradient is exactly zero" in out and "are exactly zero" in err
     options = ["--rank", 256, "--alpha", 16, "--prompts", 2048]
     assert call("grpo", *options, "--out", tmp_path / "16") == 0
-    assert "ollapse" not in capsys.readouterr().out
+    assert "Collapsed" not in capsys.readouterr().out
     summary = json.loads((tmp_path / "16" / "summary.json").read_text())
     assert summary["collapsed_at"] is None
     assert summary["after"]["sampled"] > summary["before"]["sampled"] + 0.1

@@ -175,8 +175,8 @@ def curves(steps: list[dict[str, Any]], path: Path, title: str) -> str:
         linewidth=2,
         label="held-out sampled accuracy",
     )
-    axes.set(xlabel="GRPO step", ylabel="share of right answers", ylim=(0, 1), title=title)
+    axes.set(xlabel="GRPO step", ylabel="share of right answers", ylim=(-0.03, 1.03), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     figure.savefig(path, dpi=150)
     return f"picture: {path}"
