@@ -9,7 +9,10 @@ entry, "structadapt", a JSON object:
 
 import json
 import os
+import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -121,22 +124,17 @@ class SavedLayer:
 
 def is_adapter_file(path: str | os.PathLike[str]) -> bool:
     """Whether a safetensors file was written by `save`, from its header alone."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            return "structadapt" in (file.metadata() or {})
-    except safetensors.SafetensorError as error:
-        raise AdapterFileError(f"{path} is truncated or no safetensors file: {error}") from None
+    with _whole(path), safetensors.safe_open(path, "pt") as file:
+        return "structadapt" in (file.metadata() or {})
 
 
 def read_adapters(path: str | os.PathLike[str]) -> dict[str, SavedLayer]:
     """The layers of an adapter file by name, checked in themselves. Errors as for `load`."""
     data = Path(path).read_bytes()
-    try:
+    with _whole(path):
         tensors = safetensors.torch.load(data)
         header_size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__", {})
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is truncated or no safetensors file: {error}") from None
     if "structadapt" not in metadata:
         raise AdapterFileError(f"{path} is no structadapt adapter file: its metadata do not say so")
     try:
@@ -167,10 +165,8 @@ def read_adapters(path: str | os.PathLike[str]) -> dict[str, SavedLayer]:
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """All tensors of a safetensors file. AdapterFileError if it is truncated or damaged."""
-    try:
+    with _whole(path):
         return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise AdapterFileError(f"{path} is truncated or no safetensors file: {error}") from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -179,7 +175,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     A file that exists keeps its mode; a link keeps pointing.
     """
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # this call's alone
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -197,6 +193,15 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+@contextmanager
+def _whole(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what reading a damaged safetensors file raises into an AdapterFileError."""
+    try:
+        yield
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is truncated or no safetensors file: {error}") from None
 
 
 def _uncompiled(name: str) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
@@ -240,3 +241,11 @@ def test_links_and_modes_are_kept(net, tmp_path):
     sa.save(net, tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and read_adapters(tmp_path / "real")
     assert stat.S_IMODE(os.stat(tmp_path / "real").st_mode) == 0o600
+
+
+def test_savers_to_one_place_do_not_meet(net, tmp_path):
+    """Every save is whole and none takes another's temporary file, within one process too."""
+    sa.adapt(net, sa.LoRA(rank=2))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: sa.save(net, tmp_path / "a"), range(64)))
+    assert os.listdir(tmp_path) == ["a"] and read_adapters(tmp_path / "a")
