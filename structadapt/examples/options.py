@@ -9,7 +9,14 @@ import structadapt as sa
 from structadapt.adapters import Adapter
 from structadapt.checkpoint import read_adapters
 
-ADAPTERS = ("lora", "dora", "quanta", "full")
+LOW_RANK, GATES = {"rank", "alpha", "scaling", "target"}, {"axes", "init", "target"}
+# name: (adapter or None for full fine-tuning, the options that apply to it)
+ADAPTERS = {
+    "lora": (sa.LoRA, LOW_RANK),
+    "dora": (sa.DoRA, LOW_RANK),
+    "quanta": (sa.QuanTA, GATES),
+    "full": (None, set()),
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `structadapt grpo`."""
     own = "default: the adapter's own"
     add = parser.add_argument
-    add("--adapter", choices=ADAPTERS, help="default: lora; full trains all the weights")
+    add("--adapter", choices=tuple(ADAPTERS), help="default: lora; full trains all the weights")
     add("--rank", type=int, help=f"rank of LoRA and DoRA ({own}, 8 and 16)")
     add("--alpha", type=float, help="scale of LoRA and DoRA is alpha / rank (default: 2 rank)")
     add("--scaling", help="alpha/r, alpha/sqrt(r) or constant (default: alpha/r)")
@@ -73,24 +80,21 @@ def build_adapter(settings: Settings) -> Adapter | None:
 
     ValueError for an option of another adapter, or one beside `load`: the file says it all.
     """
-    kinds = {"lora": sa.LoRA, "dora": sa.DoRA, "quanta": sa.QuanTA, "full": None}
-    low_rank, gates = {"rank", "alpha", "scaling", "target"}, {"axes", "init", "target"}
-    applies = {"lora": low_rank, "dora": low_rank, "quanta": gates, "full": set()}
-    options = {name: getattr(settings, name) for name in sorted(low_rank | gates)}
+    options = {name: getattr(settings, name) for name in sorted(LOW_RANK | GATES)}
     options = {name: value for name, value in options.items() if value is not None}
     if settings.load is not None:
         if settings.adapter is not None or options:
             raise ValueError("--load brings its own adapter: leave out the adapter's options")
         return next(iter(read_adapters(settings.load).values())).adapter
     name = settings.adapter or "lora"
-    if name not in kinds:
-        raise ValueError(f"unknown adapter {name!r}: choose from {', '.join(kinds)}")
-    for option in sorted(options.keys() - applies[name]):
+    if name not in ADAPTERS:
+        raise ValueError(f"unknown adapter {name!r}: choose from {', '.join(ADAPTERS)}")
+    kind, applicable = ADAPTERS[name]
+    for option in sorted(options.keys() - applicable):
         raise ValueError(f"--{option} does not apply to --adapter {name}")
     options.pop("target", None)
     if "rank" in options:
         options.setdefault("alpha", 2.0 * options["rank"])
-    kind = kinds[name]
     return None if kind is None else kind(**options)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from structadapt.grpo.loop import Config, RolloutContext, slices
+from structadapt.grpo.loop import Config, RolloutContext, sample, slices
 from structadapt.grpo.rewards import Prompt, Reward, record, score, with_meta
-from structadapt.grpo.rollout import evaluating, generate
+from structadapt.grpo.rollout import evaluating
+
+Z = 1.959964  # the 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -46,28 +48,21 @@ def evaluate(
     records = [record(prompt, tokenizer) for prompt in prompts]
     noise = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     rewards, checked = [], with_meta(reward)
+    temperature = 0.0 if greedy else config.temperature
     with evaluating(model), rollout_context():
         for rows in slices(len(records), batch_size):
             batch = records[rows]
-            rollout = generate(
-                model,
-                [record.ids for record in batch],
-                eos_token_ids=config.eos_token_ids,
-                max_new_tokens=config.max_new_tokens,
-                temperature=0.0 if greedy else config.temperature,
-                pad_token_id=config.pad_token_id,
-                generator=noise,
-            )
+            rollout = sample(model, batch, config, noise, 1, temperature)
             rewards.append(score(rollout, batch, checked, config.eos_token_ids, tokenizer))
     values = torch.cat(rewards)
     mean, count = values.mean().item(), len(values)
     if ((values == 0) | (values == 1)).all():
         return Evaluation(mean, *wilson(mean, count), count)
-    half = 1.959964 * (values.var(correction=0) / count).sqrt().item()
+    half = Z * (values.var(correction=0) / count).sqrt().item()
     return Evaluation(mean, mean - half, mean + half, count)
 
 
-def wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(share: float, count: int, z: float = Z) -> tuple[float, float]:
     """The 95 % confidence interval of a proportion seen `count` times (Wilson 1927)."""
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))

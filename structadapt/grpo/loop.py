@@ -152,7 +152,7 @@ def _steps(
         batch = records[start : start + config.prompts_per_step]
         started = time.perf_counter()
         with evaluating(model), rollout_context():
-            rollout = sample(model, batch, config, noise)
+            rollout = sample(model, batch, config, noise, config.group_size, config.temperature)
         rewards = score(rollout, batch, reward, config.eos_token_ids, tokenizer)
         sampled = time.perf_counter()
         try:
@@ -180,15 +180,20 @@ def _steps(
 
 
 def sample(
-    model: nn.Module, batch: list[Record], config: Config, noise: torch.Generator
+    model: nn.Module,
+    batch: list[Record],
+    config: Config,
+    noise: torch.Generator,
+    group_size: int,
+    temperature: float,
 ) -> Rollout:
     """group_size completions of each prompt, group by group."""
     return generate(
         model,
-        [record.ids for record in batch for _ in range(config.group_size)],
+        [record.ids for record in batch for _ in range(group_size)],
         eos_token_ids=config.eos_token_ids,
         max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
+        temperature=temperature,
         pad_token_id=config.pad_token_id,
         generator=noise,
         share_prompts=config.share_prompts,

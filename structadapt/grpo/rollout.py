@@ -142,8 +142,10 @@ class _Network:
 
     def __init__(self, model: nn.Module, padded: bool) -> None:
         self.model = model
-        self.kind = type(_innermost(model)).__name__
-        parameters = inspect.signature(_innermost(model).forward).parameters
+        innermost = _innermost(model)
+        self.kind = type(innermost).__name__
+        signature = inspect.signature(innermost.forward)
+        parameters = signature.parameters
         self.cached = "past_key_values" in parameters and "use_cache" in parameters
         first, *others = parameters.values()
         open_ended = any(p.kind is p.VAR_KEYWORD for p in others)
@@ -158,8 +160,8 @@ class _Network:
         )
         if required or first.kind is first.VAR_POSITIONAL:
             raise ValueError(
-                f"{self.kind}.forward{inspect.signature(_innermost(model).forward)} is not "
-                "understood: let it take (ids, mask, position_ids)"
+                f"{self.kind}.forward{signature} is not understood: "
+                "let it take (ids, mask, position_ids)"
             )
         if padded and self.mask_name is None:
             raise ValueError(
