@@ -9,6 +9,7 @@ Adapter parameters are kept in fp32 over any base; an op multiplies them in the 
 computes norms and magnitudes in at least fp32.
 """
 
+import math
 import string
 from contextlib import AbstractContextManager, nullcontext
 
@@ -59,37 +60,37 @@ def row_norm(V: Tensor) -> Tensor:
     return torch.linalg.vector_norm(V, dim=1)
 
 
-def dora_gain(V: Tensor, m: Tensor) -> Tensor:
-    """g = m / ||V||_row, the norm detached (Liu et al. 2024, section 4.3).
+def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """||W + scale B A||_row (out,) in at least fp32, without a gradient (section 4.3)."""
+    with torch.no_grad():
+        return row_norm(lora_weight(W, A, B, scale))
+
+
+def dora_gain(m: Tensor, norm: Tensor) -> Tensor:
+    """g = m / ||V||_row (Liu et al. 2024), both (out,) and in at least fp32.
 
     A row of V that is exactly zero has no direction; g = 1 there. The row of W' is zero whatever
     g is, and with 1 its gradients are those of LoRA: finite, and they let the row leave zero.
     """
-    norm = row_norm(V).detach()
     alive = norm > 0
     return torch.where(alive, m / torch.where(alive, norm, 1.0), 1.0)
 
 
-def dora_weight(W: Tensor, A: Tensor, B: Tensor, m: Tensor, scale: float) -> Tensor:
-    """diag(m / ||V||_row) V with V = W + scale B A, in at least fp32."""
-    V = lora_weight(W, A, B, scale)
-    return dora_gain(V, m)[:, None] * V
-
-
 def dora_linear(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor, scale: float
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, g: Tensor, scale: float
 ) -> Tensor:
-    """y = g (x W^T + scale (x A^T) B^T) + bias; the bias is not scaled.
+    """y = g (x W^T + scale (x A^T) B^T) + bias; the bias is not scaled."""
+    return dora_onto(F.linear(x, W, bias), low_rank(x, A, B, scale), bias, g)
 
-    Written as the frozen linear plus an update, so that m = ||W|| and B = 0 give the frozen
-    output bit for bit.
+
+def dora_onto(y: Tensor, low: Tensor, bias: Tensor | None, g: Tensor) -> Tensor:
+    """The same from the frozen output y and the low-rank product.
+
+    Written as the frozen output plus an update, so that g = 1 and B = 0 give the frozen output bit
+    for bit.
     """
-    y = F.linear(x, W, bias)
-    with torch.no_grad():
-        V = lora_weight(W, A, B, scale)
-    g = dora_gain(V, m)
     frozen = y if bias is None else y - bias
-    return y + ((g - 1) * frozen + g * low_rank(x, A, B, scale)).to(y.dtype)
+    return y + ((g - 1) * frozen + g * low).to(y.dtype)
 
 
 # -- QuanTA ----------------------------------------------------------------------------------------
@@ -167,6 +168,18 @@ def quanta_apply_minus_eye(x: Tensor, gates: list[Tensor]) -> Tensor:
             difference = _like_eye_gate(difference, gate, early, late) + moved
     assert difference is not None
     return difference.reshape(*x.shape[:-1], difference.shape[1:].numel())
+
+
+def quanta_update(x: Tensor, gates: list[Tensor], out_features: int, minus_eye: bool) -> Tensor:
+    """T x (..., out_features), or with `minus_eye` T x - E x, for x (..., in).
+
+    Axes that make more than a side of the layer: zeros follow x, the outputs too many are dropped.
+    """
+    width = math.prod(quanta_axes(gates))
+    if x.shape[-1] < width:
+        x = F.pad(x, (0, width - x.shape[-1]))
+    chain = quanta_apply_minus_eye if minus_eye else quanta_apply
+    return chain(x, gates)[..., :out_features]
 
 
 # -- log-probabilities -----------------------------------------------------------------------------

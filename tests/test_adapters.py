@@ -301,8 +301,8 @@ def test_an_identity_start_keeps_small_updates_in_bf16():
     p = adapter.init(W)
     for gate in p.values():
         gate.mul_(1.001)
-    exact = adapter.update(x.double(), {k: t.double() for k, t in p.items()})
-    rough = adapter.update(x.bfloat16(), p).double()
+    exact = adapter.update(x.double(), 64, {k: t.double() for k, t in p.items()})
+    rough = adapter.update(x.bfloat16(), 64, p).double()
     assert (rough - exact).norm() < 0.02 * exact.norm()
 
 
@@ -322,10 +322,24 @@ def test_factorise(n, axes, expected):
 
 
 @given(n=st.integers(1, 3000), n_axes=st.integers(3, 5))
-def test_factors_multiply_to_the_width(n, n_axes):
+def test_sizes_make_the_width_or_a_little_more_where_that_is_much_cheaper(n, n_axes):
     sizes = quanta.factorise(n, n_axes)
-    assert math.prod(sizes) == n and len(sizes) == n_axes
-    assert list(sizes) == sorted(sizes, reverse=True)
+    padded = math.prod(sizes)
+    assert len(sizes) == n_axes and list(sizes) == sorted(sizes, reverse=True)
+    assert n <= padded <= n + n // 8 and padded - n < math.prod(sizes[2:])
+    if padded > n:
+        assert 2 * quanta._cost(sizes) < quanta._cost(quanta._cheapest(n, n_axes))
+
+
+def test_a_prime_width_reaches_every_row_and_trains_every_parameter(perturb):
+    adapter = sa.QuanTA()
+    x, W, b = layer((101, 127))
+    p = {k: t.requires_grad_() for k, t in perturb(adapter.init(W)).items()}
+    y = adapter.forward(x, W, b, p)
+    torch.testing.assert_close(y, F.linear(x, adapter.weight(W, p), b))
+    assert all((gradient != 0).all() for gradient in gradients(y, list(p.values())))
+    assert (adapter.weight(W, p) != W).any(1).all()
+    assert sum(t.numel() for t in p.values()) < W.numel()  # or it would be refused
 
 
 def test_quanta_tensors():
@@ -366,5 +380,5 @@ def test_quanta_refuses_what_does_not_fit():
         sa.QuanTA(init="random")
     with pytest.raises(ValueError, match=r"axes 4x4x4 make 64, but the layer is 24 -> 36"):
         sa.QuanTA((4, 4, 4)).init(torch.zeros(36, 24))
-    with pytest.raises(ValueError, match=r"101 -> 101 does not factor into 3 axes.*10,201"):
-        sa.QuanTA().init(torch.zeros(101, 101))
+    with pytest.raises(ValueError, match=r"3 -> 3 does not factor into 3 axes.*itself 9"):
+        sa.QuanTA().init(torch.zeros(3, 3))

@@ -8,10 +8,14 @@ W is the frozen weight (out, in) of one layer, p the adapter's tensors for that 
 
 They are tied by one law, tested for every adapter: forward(x, W, b, p) equals
 F.linear(x, weight(W, p), b), values and gradients. A new adapter is one file with `init` and
-`weight` and one line in `adapters/__init__.py`; it is correct before it has a `forward`.
+`weight` and one line in `adapters/__init__.py`; it is correct before it has a `forward`, or the two
+faster ways beside it: `onto`, where the frozen layer runs by itself (a quantised one), and
+`lookup`, where x is one-hot (an embedding).
 """
 
 import dataclasses
+import hashlib
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +34,7 @@ class Adapter:
 
     registry: ClassVar[dict[str, type["Adapter"]]] = {}
     additive: ClassVar[bool] = True  # W' - W does not depend on W
+    no_decay: ClassVar[tuple[str, ...]] = ()  # prefixes of tensors that weight decay would harm
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -48,6 +53,33 @@ class Adapter:
         """The adapted linear layer, x (..., in) -> (..., out), in the dtype of x and W."""
         return F.linear(x, self.weight(W, p), bias)
 
+    def onto(
+        self,
+        y: Tensor,
+        x: Tensor,
+        W: Callable[[], Tensor],
+        bias: Tensor | None,
+        p: dict[str, Tensor],
+    ) -> Tensor:
+        """The adapted output from the frozen one, y = F.linear(x, W(), bias) however computed."""
+        dense = W()
+        return y + F.linear(x, self.weight(dense, p) - dense)
+
+    def lookup(
+        self, y: Tensor, ids: Tensor, W: Tensor, p: dict[str, Tensor], padding_idx: int | None
+    ) -> Tensor:
+        """The adapted output (..., out) of an embedding from the frozen one, y = W^T[ids]."""
+        return F.embedding(ids, self.weight(W, p).T, padding_idx)
+
+    def derived(self, W: Tensor, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `forward` works out of W and p alone, without a gradient. A layer adds it to p and
+        keeps it until one of them is written to; without it, `forward` works it out itself."""
+        return {}
+
+    def resolved(self, out_features: int, in_features: int) -> "Adapter":
+        """This adapter with every choice that depends on the layer's shape written down."""
+        return self
+
     def direction(self, shape: tuple[int, int], p: dict[str, Tensor]) -> Tensor:
         """The part of W' - W (out, in) that needs no W: all of it for an additive adapter."""
         some = next(iter(p.values()))
@@ -56,6 +88,12 @@ class Adapter:
     def config(self) -> dict[str, Any]:
         """Keyword arguments that build this adapter again."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A CPU generator keyed by (seed, layer name): the same on every rank and in any order."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def uniform(

@@ -1,5 +1,6 @@
 """DoRA: magnitude and direction apart (Liu et al. 2024, https://arxiv.org/abs/2402.09353)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,18 +24,45 @@ class DoRA(LoRA):
     alpha: float = 32.0
 
     additive: ClassVar[bool] = False
+    no_decay: ClassVar[tuple[str, ...]] = ("m",)
 
     def init(self, W: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         p = super().init(W, generator)
         # The norm of V as the forward computes it, so that m / ||V|| is exactly 1.
-        with torch.no_grad():
-            return {**p, "m": ops.row_norm(ops.lora_weight(W, p["A"], p["B"], self.scale))}
+        return {**p, "m": self.derived(W, p)["norm"].clone()}
+
+    def derived(self, W: Tensor, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The row norms of V."""
+        return {"norm": ops.dora_norm(W, p["A"], p["B"], self.scale)}
+
+    def gain(self, W: Callable[[], Tensor], p: dict[str, Tensor]) -> Tensor:
+        """m / ||V||_row (out,)."""
+        return ops.dora_gain(p["m"], p["norm"] if "norm" in p else self.derived(W(), p)["norm"])
 
     def weight(self, W: Tensor, p: dict[str, Tensor]) -> Tensor:
-        return ops.dora_weight(W, p["A"], p["B"], p["m"], self.scale).to(W.dtype)
+        V = ops.lora_weight(W, p["A"], p["B"], self.scale)
+        return (self.gain(lambda: W, p)[:, None] * V).to(W.dtype)
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None, p: dict[str, Tensor]) -> Tensor:
-        return ops.dora_linear(x, W, bias, p["A"], p["B"], p["m"], self.scale)
+        g = self.gain(lambda: W, p)
+        return ops.dora_linear(x, W, bias, p["A"], p["B"], g, self.scale)
+
+    def onto(
+        self,
+        y: Tensor,
+        x: Tensor,
+        W: Callable[[], Tensor],
+        bias: Tensor | None,
+        p: dict[str, Tensor],
+    ) -> Tensor:
+        low = ops.low_rank(x.to(y.dtype), p["A"], p["B"], self.scale)
+        return ops.dora_onto(y, low, bias, self.gain(W, p))
+
+    def lookup(
+        self, y: Tensor, ids: Tensor, W: Tensor, p: dict[str, Tensor], padding_idx: int | None
+    ) -> Tensor:
+        low = self._looked_up(y, ids, p, padding_idx)
+        return ops.dora_onto(y, low, None, self.gain(lambda: W, p))
 
     def direction(self, shape: tuple[int, int], p: dict[str, Tensor]) -> Tensor:
         """s B A: where V moves, without the magnitudes."""

@@ -1,10 +1,12 @@
 """LoRA: W' = W + s B A (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from structadapt import ops
@@ -64,3 +66,26 @@ class LoRA(Adapter):
 
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None, p: dict[str, Tensor]) -> Tensor:
         return ops.lora_linear(x, W, bias, p["A"], p["B"], self.scale)
+
+    def onto(
+        self,
+        y: Tensor,
+        x: Tensor,
+        W: Callable[[], Tensor],
+        bias: Tensor | None,
+        p: dict[str, Tensor],
+    ) -> Tensor:
+        return y + ops.low_rank(x.to(y.dtype), p["A"], p["B"], self.scale)
+
+    def lookup(
+        self, y: Tensor, ids: Tensor, W: Tensor, p: dict[str, Tensor], padding_idx: int | None
+    ) -> Tensor:
+        return y + self._looked_up(y, ids, p, padding_idx)
+
+    def _looked_up(
+        self, y: Tensor, ids: Tensor, p: dict[str, Tensor], padding_idx: int | None
+    ) -> Tensor:
+        """The low-rank product for one-hot x."""
+        with ops.no_autocast(y.device):
+            h = F.embedding(ids, p["A"].T, padding_idx)
+            return F.linear(h, self.scale * p["B"]).to(y.dtype)

@@ -1,0 +1,107 @@
+"""Plain torch forward and backward of the adapted linear layers, holding little for the backward.
+
+The twins that fused kernels are measured and tested against; the formulas are those of
+`reference.py`, where shapes are written down. x may have any leading dimensions; M is their
+product. Every backward returns gradients in the dtype of what they belong to, or None where `needs`
+says that one is not wanted.
+
+Held for the backward, beside the parameters: LoRA x and h (M, r); DoRA also the output before its
+magnitude v (M, out); QuanTA x alone.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from structadapt.kernels import reference
+
+Grads = tuple[Tensor | None, ...]
+CHUNK_ELEMENTS = 2**18  # of a norm's rows: a chunk stays in cache
+
+
+def flat(x: Tensor) -> Tensor:
+    """(..., n) -> (M, n)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+# -- LoRA ------------------------------------------------------------------------------------------
+
+
+def lora_forward(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(y, h) with h = x A^T and y = x W^T + bias + h (scale B)^T."""
+    X = flat(x)
+    h = X @ A.to(x.dtype).T
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.linear(X, W.to(x.dtype), bias).addmm_(h, (scale * B).to(x.dtype).T)
+    return y.view(*x.shape[:-1], y.shape[-1]), h
+
+
+def lora_backward(
+    dy: Tensor, x: Tensor, h: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float,
+    needs: tuple[bool, ...],
+) -> Grads:  # fmt: skip
+    """Gradients of (x, W, bias, A, B)."""
+    dY, X = flat(dy), flat(x)
+    dS = dY @ (scale * B).to(dy.dtype)  # (M, r)
+    dx = (dY @ W.to(dy.dtype)).addmm_(dS, A.to(dy.dtype)).view(x.shape) if needs[0] else None
+    dW = (dY.T @ X).to(W.dtype) if needs[1] else None
+    dbias = dY.sum(0) if needs[2] else None
+    dA = (dS.T @ X).to(A.dtype) if needs[3] else None
+    dB = (dY.T @ h).to(B.dtype).mul_(scale) if needs[4] else None
+    return dx, dW, dbias, dA, dB
+
+
+# -- DoRA ------------------------------------------------------------------------------------------
+
+
+def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """||W + scale B A||_row (out,) in at least fp32, a block of rows at a time.
+
+    Exact where the terms cancel, which a norm assembled from ||W||^2, <W, BA> and ||BA||^2 is not.
+    """
+    rows = max(1, CHUNK_ELEMENTS // max(W.shape[1], 1))
+    blocks = [
+        reference.row_norm(reference.lora_weight(W_rows, A, B_rows, scale))
+        for W_rows, B_rows in zip(W.split(rows), B.split(rows), strict=True)
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _times(v: Tensor, g: Tensor) -> Tensor:
+    """g v as v + (g - 1) v, g (out,) in fp32: a g that bf16 would round to 1 is not lost.
+
+    In fp16, where a large g would overflow, in fp32.
+    """
+    if v.dtype == torch.float16:
+        return (v * g).to(v.dtype)
+    return torch.addcmul(v, v, (g - 1).to(v.dtype))
+
+
+def dora_forward(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, g: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, h, v) with v = x W^T + h (scale B)^T, h = x A^T and y = g v + bias.
+
+    g = 1 and B = 0 give F.linear(x, W, bias) bit for bit.
+    """
+    y, h = lora_forward(x, W, bias, A, B, scale)
+    if bias is None:
+        return _times(y, g), h, y
+    v = y - bias.to(y.dtype)
+    if v.dtype == torch.float16:
+        return (y + (g - 1) * v).to(v.dtype), h, v
+    return y.addcmul_(v, (g - 1).to(v.dtype)), h, v
+
+
+def dora_backward(
+    dy: Tensor, x: Tensor, h: Tensor, v: Tensor, W: Tensor, A: Tensor, B: Tensor, g: Tensor,
+    scale: float, needs: tuple[bool, ...],
+) -> Grads:  # fmt: skip
+    """Gradients of (x, W, bias, A, B, g); the norm inside g is a constant."""
+    dY, dx_needs = flat(dy), (needs[0], needs[1], False, needs[3], needs[4])
+    dx, dW, _, dA, dB = lora_backward(_times(dy, g), x, h, W, A, B, scale, dx_needs)
+    dbias = dY.sum(0) if needs[2] else None
+    dg = (dY * flat(v)).sum(0, dtype=g.dtype) if needs[5] else None
+    return dx, dW, dbias, dA, dB, dg
