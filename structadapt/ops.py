@@ -118,8 +118,13 @@ def _run(form: _Form, x: Tensor, W: Tensor, bias: Tensor | None, *tensors: Tenso
 def _may_be_lean(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not any(
-        t.is_meta or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in tensors
+    return not any(t.is_meta or _overridden(t) for t in tensors)
+
+
+def _overridden(tensor: Tensor) -> bool:
+    """Whether a subclass (sharded, quantised, fake) has operations of its own."""
+    return getattr(type(tensor), "__torch_dispatch__", None) is not getattr(
+        Tensor, "__torch_dispatch__", None
     )
 
 
@@ -151,14 +156,15 @@ class _LoRA:
     scale: float
 
     def plain(self, *tensors: Any) -> Tensor:
-        return reference.lora_linear(*tensors, self.scale)
+        return reference.lora_linear(*tensors, scale=self.scale)
 
     def forward(self, *tensors: Any) -> tuple[Tensor, ...]:
-        return lean.lora_forward(*tensors, self.scale)
+        return lean.lora_forward(*tensors, scale=self.scale)
 
     def backward(self, dy: Tensor, tensors: Any, held: Any, needs: Any) -> Any:
         x, W, _, A, B = tensors
-        return lean.lora_backward(dy, x, *held, W, A, B, self.scale, needs)
+        (h,) = held
+        return lean.lora_backward(dy, x, h, W, A, B, self.scale, needs)
 
 
 @dataclass(frozen=True)
@@ -166,14 +172,15 @@ class _DoRA:
     scale: float
 
     def plain(self, *tensors: Any) -> Tensor:
-        return reference.dora_linear(*tensors, self.scale)
+        return reference.dora_linear(*tensors, scale=self.scale)
 
     def forward(self, *tensors: Any) -> tuple[Tensor, ...]:
-        return lean.dora_forward(*tensors, self.scale)
+        return lean.dora_forward(*tensors, scale=self.scale)
 
     def backward(self, dy: Tensor, tensors: Any, held: Any, needs: Any) -> Any:
         x, W, _, A, B, g = tensors
-        return lean.dora_backward(dy, x, *held, W, A, B, g, self.scale, needs)
+        h, v = held
+        return lean.dora_backward(dy, x, h, v, W, A, B, g, self.scale, needs)
 
 
 @dataclass(frozen=True)
