@@ -2,7 +2,8 @@
 
 A model is any callable module on token ids. Two forms are understood:
     transformers: forward(input_ids, attention_mask, position_ids, past_key_values, use_cache)
-        with .logits and .past_key_values in what it returns: sampled with its cache;
+        with .logits and .past_key_values in what it returns (or `cache` for both, as newer
+        versions call it): sampled with its cache;
     plain: forward(ids, mask, position_ids) -> logits, without the last or the last two if it
         likes: every new token runs the whole sequence.
 mask may be called attention_mask, and position_ids positions; other names go by place.
@@ -135,6 +136,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 MASK_NAMES, POSITION_NAMES = ("attention_mask", "mask"), ("position_ids", "positions")
+CACHE_NAMES = ("past_key_values", "cache")
 
 
 class _Network:
@@ -146,7 +148,8 @@ class _Network:
         self.kind = type(innermost).__name__
         signature = inspect.signature(innermost.forward)
         parameters = signature.parameters
-        self.cached = "past_key_values" in parameters and "use_cache" in parameters
+        self.cache_name = next((name for name in CACHE_NAMES if name in parameters), "")
+        self.cached = bool(self.cache_name) and "use_cache" in parameters
         first, *others = parameters.values()
         open_ended = any(p.kind is p.VAR_KEYWORD for p in others)
         known = {*MASK_NAMES, *POSITION_NAMES}
@@ -189,7 +192,7 @@ class _Network:
             )
             ids, mask = both.chunk(2, 1)
         out = self._call(ids, mask, _positions(mask), use_cache=True)
-        self.cache = _cache(out)
+        self.cache = _cache(out, self.cache_name)
         if share:
             self.cache = _take_rows(self.cache, rows)
         return _logits(out)[rows, -1]
@@ -200,8 +203,9 @@ class _Network:
             self.ids = torch.cat([self.ids, ids], 1)
             return self.logits(self.ids, mask)[:, -ids.shape[1] :]
         positions = _positions(mask)[:, -ids.shape[1] :]
-        out = self._call(ids, mask, positions, past_key_values=self.cache, use_cache=True)
-        self.cache = _cache(out)
+        cache = {self.cache_name: self.cache, "use_cache": True}
+        out = self._call(ids, mask, positions, **cache)
+        self.cache = _cache(out, self.cache_name)
         return _logits(out)
 
     def _call(self, ids: Tensor, mask: Tensor, positions: Tensor, **cache: Any) -> Any:
@@ -224,8 +228,8 @@ def _innermost(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _cache(out: Any) -> Any:
-    cache = out[1] if isinstance(out, tuple) else out.past_key_values
+def _cache(out: Any, name: str) -> Any:
+    cache = out[1] if isinstance(out, tuple) else getattr(out, name)
     if cache is None:
         raise ValueError(
             "the model returned no cache though use_cache=True was passed, as transformers' models "
