@@ -1,0 +1,138 @@
+"""Merged weights for TRL's vLLM sync: out of place, under the names of the base model.
+
+    trainer = GRPOTrainer(model=sa.adapt(model, sa.DoRA()), args=GRPOConfig(use_vllm=True, ...))
+    sync_merged_weights(trainer)
+
+vLLM knows none of our tensors, so it is sent W' in the place of W. TRL's own way for a PeftModel
+merges the live model for the length of a sync; here each W' is a new tensor, one layer at a time,
+and the live model is never touched.
+
+A low precision W' holds only part of a small update: the sampler is then not quite the policy that
+is trained. Keep `vllm_importance_sampling_correction` on.
+
+Do not adapt the output head: TRL computes log-probabilities from its weight and never calls it.
+"""
+
+import copy
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from trl.generation.vllm_generation import VLLMGeneration
+
+from structadapt.layers import AdaptedLinear, find_adapted
+from structadapt.ops import wide_dtype
+
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # parts of a name
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+
+@torch.no_grad()
+def merged_named_parameters(
+    model: nn.Module, gather: Gather = lambda parameters: nullcontext()
+) -> Generator[tuple[str, Tensor], None, None]:
+    """(name, tensor) of every parameter that the base model has, with W' in the place of W.
+
+    Names are the base model's own: those that DistributedDataParallel, torch.compile, activation
+    checkpointing and PeftModel add are left out, and so are adapter tensors. W' is computed in at
+    least fp32, one layer at a time, and rounded to the dtype of W; other tensors are the model's
+    own. Nothing in the model changes, also if the iterator is abandoned. A model without adapters
+    yields its parameters.
+
+    gather: a context in which the given parameters are whole (DeepSpeed ZeRO-3). DTensors
+        (FSDP2) are gathered here; every rank must iterate.
+
+    Raises ValueError, at the first tensor, if an adapted weight is shared with another module; when
+    its turn comes, if a W' is not finite.
+    """
+    model = _unwrapped(model)
+    layers = find_adapted(model)
+    _refuse_shared(model, layers)
+    owners = {id(layer.weight): (name, layer) for name, layer in layers.items()}
+    ours = {id(t) for layer in layers.values() for t in layer.tensors().values()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in ours:
+            continue
+        layer_name, layer = owners.get(id(parameter), (name, None))
+        name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if layer is None:
+            with gather([parameter]):
+                yield name, _whole(parameter.data)
+            continue
+        with gather([parameter, *layer.trained_tensors()]):
+            merged = _adapted_weight(layer)
+            if not torch.isfinite(merged).all():
+                raise ValueError(f"{layer_name}: the merged weight is not finite; not sent")
+            yield name, merged
+
+
+def sync_merged_weights(trainer: Any) -> None:
+    """Let a TRL trainer with vLLM (or its `VLLMGeneration`) send merged weights.
+
+    Call it once, after the trainer is built. Raises ValueError if it does not use vLLM, or under
+    FSDP 1, which flattens parameters: use FSDP 2 or DistributedDataParallel.
+    """
+    generation = getattr(trainer, "vllm_generation", trainer)
+    if not isinstance(generation, VLLMGeneration):
+        raise ValueError(
+            f"{type(trainer).__name__} has no vllm_generation: set use_vllm=True, or leave this "
+            "call out, since TRL's own generation runs the adapted model itself"
+        )
+    if generation._dist.fsdp_version == 1:
+        raise ValueError("FSDP 1 flattens parameters: use FSDP 2 or DistributedDataParallel")
+    generation.__class__ = MergedVLLMGeneration
+
+
+class MergedVLLMGeneration(VLLMGeneration):
+    """TRL's vLLM backend that sends merged weights. Made by `sync_merged_weights`."""
+
+    def _iter_named_params(self) -> Generator[tuple[str, Tensor], None, None]:
+        yield from merged_named_parameters(self.model, self._dist.gather_params)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model within DistributedDataParallel, torch.compile and PeftModel, in any order."""
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = cast(nn.Module, model._orig_mod)
+        elif hasattr(model, "get_base_model"):
+            model = cast(Any, model).get_base_model()
+        else:
+            return model
+
+
+def _refuse_shared(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
+    owners = {id(layer.weight): (name, layer) for name, layer in layers.items()}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owner, layer = owners.get(id(parameter), (name, module))
+            if layer is not module:
+                raise ValueError(
+                    f"{owner} and {name} share a weight: vLLM would change both. Untie them "
+                    "(tie_word_embeddings=False), or exclude the layer"
+                )
+
+
+def _adapted_weight(layer: AdaptedLinear) -> Tensor:
+    """W' of a layer as it is stored, in the dtype of W; of a sharded layer too."""
+    if any(hasattr(t, "full_tensor") for t in [layer.weight, *layer.tensors().values()]):
+        twin = copy.copy(layer)  # has the same attributes, and below its own tensors
+        for home in ("_parameters", "_buffers"):
+            tensors = getattr(layer, home).items()
+            twin.__dict__[home] = {k: None if t is None else _whole(t) for k, t in tensors}
+        layer = twin
+    dtype = layer.frozen_weight.dtype
+    if hasattr(layer, "adapted_weight"):
+        return cast(Any, layer).adapted_weight().to(dtype)
+    W = layer.frozen_weight.to(wide_dtype(dtype))
+    return layer.adapter.weight(W, layer.tensors()).to(dtype)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
