@@ -4,22 +4,22 @@ from structadapt import grpo, spectra
 from structadapt.adapters import DoRA, LoRA, QuanTA
 from structadapt.checkpoint import load, save
 from structadapt.layers import AdaptedLinear
+from structadapt.merging import MergeReport, merge, merged, unmerge
 from structadapt.surgery import (
     adapt,
     adapter_parameters,
     delta_weights,
     disabled,
-    merge,
-    merged,
+    parameter_groups,
     plan,
     summary,
-    unmerge,
 )
 
 __all__ = [
     "AdaptedLinear",
     "DoRA",
     "LoRA",
+    "MergeReport",
     "QuanTA",
     "adapt",
     "adapter_parameters",
@@ -29,6 +29,7 @@ __all__ = [
     "load",
     "merge",
     "merged",
+    "parameter_groups",
     "plan",
     "save",
     "spectra",

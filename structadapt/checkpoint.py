@@ -16,15 +16,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from structadapt.adapted import Adapted
 from structadapt.adapters.base import Adapter
-from structadapt.layers import AdaptedLinear, adapted_layers, find_adapted, linear_layers
+from structadapt.layers import (
+    adaptable_layers,
+    adapted_layers,
+    find_adapted,
+    matrix_shape,
+)
 from structadapt.ops import wide_dtype
 from structadapt.surgery import attach, refuse_wrong_order
 from structadapt.targets import near
@@ -53,7 +59,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             name: {
                 "adapter": type(layer.adapter).__name__,
                 "config": layer.adapter.config(),
-                "shape": [layer.out_features, layer.in_features],
+                "shape": list(matrix_shape(layer)),
             }
             for name, layer in layers.items()
         },
@@ -84,7 +90,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     refuse_wrong_order(model)
     saved = read_adapters(path)
     adapted = find_adapted(model)
-    candidates = linear_layers(model)
+    candidates = adaptable_layers(model)
     found = (_difference(name, layer, candidates) for name, layer in saved.items())
     differences = [difference for difference in found if difference]
     if adapted:
@@ -96,7 +102,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         shown = "; ".join(differences[:3])
         raise AdapterFileError(f"{path} does not fit this model: {shown}{more}")
     for name in saved:
-        if candidates[name].weight.is_meta:
+        if cast(Tensor, candidates[name].weight).is_meta:
             raise RuntimeError(f"{name} is on the meta device: load the base weights first")
     if not adapted:
         attach(model, {n: (layer.adapter, layer.like(candidates[n])) for n, layer in saved.items()})
@@ -116,9 +122,9 @@ class SavedLayer:
     shape: tuple[int, int]  # (out, in)
     tensors: dict[str, Tensor]
 
-    def like(self, linear: nn.Linear) -> dict[str, Tensor]:
+    def like(self, layer: nn.Module) -> dict[str, Tensor]:
         """The tensors on the device of a layer, in the adapter dtype over it."""
-        weight = linear.weight
+        weight = cast(Tensor, layer.weight)
         return {k: t.to(weight.device, wide_dtype(weight.dtype)) for k, t in self.tensors.items()}
 
 
@@ -218,7 +224,8 @@ def _describe(entry: dict[str, Any]) -> tuple[Adapter, tuple[int, int]]:
     out_features, in_features = entry["shape"]
     if not all(type(n) is int and 0 < n <= LARGEST_WIDTH for n in (out_features, in_features)):
         raise ValueError(f"impossible shape {entry['shape']!r}")
-    return Adapter.registry[kind](**config), (out_features, in_features)
+    adapter = Adapter.registry[kind](**config)
+    return adapter.resolved(out_features, in_features), (out_features, in_features)
 
 
 def _take(
@@ -244,14 +251,14 @@ def _take(
     return taken
 
 
-def _difference(name: str, saved: SavedLayer, candidates: dict[str, nn.Linear]) -> str | None:
+def _difference(name: str, saved: SavedLayer, candidates: dict[str, nn.Module]) -> str | None:
     """What keeps a saved layer from going onto the model, or None."""
     layer = candidates.get(name)
     if layer is None:
-        return f"the model has no nn.Linear {name}{near(name, candidates)}"
-    shape = (layer.out_features, layer.in_features)
+        return f"the model has no layer {name} to adapt{near(name, candidates)}"
+    shape = matrix_shape(layer)
     if shape != saved.shape:
         return f"{name} is {shape[0]} x {shape[1]} (out x in), the file has {saved.shape}"
-    if isinstance(layer, AdaptedLinear) and layer.adapter != saved.adapter:
+    if isinstance(layer, Adapted) and layer.adapter != saved.adapter:
         return f"{name} has {layer.adapter}, the file {saved.adapter}"
     return None

@@ -1,118 +1,157 @@
-"""The one module that carries an adapter, and where a model has it."""
+"""The modules that carry an adapter, and where a model has them.
 
-from collections.abc import Callable
-from typing import Any
+An adapter knows one thing, a matrix W (out, in). Each kind of layer here says how its stored weight
+is that matrix:
 
-import torch
+    nn.Linear            W = weight
+    transformers' Conv1D W = weight^T
+    nn.Embedding         W = weight^T: out is the embedding's width, in the vocabulary, x one-hot
+    nn.Conv1d, nn.Conv2d W = weight.flatten(1): in is (in channels / groups) x kernel
+"""
+
+import functools
+from typing import Any, cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structadapt.adapters.base import Adapter
-from structadapt.ops import wide_dtype
+from structadapt.adapted import Adapted, Parameters
 
 
-class AdaptedLinear(nn.Linear):
-    """A frozen nn.Linear with an adapter. Made by `adapt`, not by calling the class.
+class AdaptedLinear(Adapted, nn.Linear):
+    """A frozen nn.Linear with an adapter."""
 
-    Attributes: `adapter`, the configuration; `enabled`, False within `disabled(model)`; the
-    adapter's tensors by name (A, B, m, gate_0, ...), fp32 parameters, or buffers if frozen.
+    plain = nn.Linear
+
+    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(input, weight, bias)
+
+
+class AdaptedEmbedding(Adapted, nn.Embedding):
+    """A frozen nn.Embedding with an adapter."""
+
+    plain = nn.Embedding
+    bias = None
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.embedding(input, weight, self.padding_idx)
+
+    def run_adapted(self, input: Tensor, bias: Tensor | None, p: Parameters) -> Tensor:
+        y = self.run(input, self.weight, None)
+        return self.adapter.lookup(y, input, self.as_matrix(self.weight), p, self.padding_idx)
+
+    def check_dtype(self, input: Tensor) -> None:
+        """ids are no floats."""
+
+
+class _Conv(Adapted):
+    """A convolution with the adapted kernel: it is small beside what it is applied to."""
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.view(matrix.shape[0], *self.weight.shape[1:])
+
+    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return cast(Any, self)._conv_forward(input, weight, bias)
+
+    def run_adapted(self, input: Tensor, bias: Tensor | None, p: Parameters) -> Tensor:
+        kernel = self.as_stored(self.adapter.weight(self.as_matrix(self.weight), p))
+        return self.run(input, kernel, bias)
+
+
+class AdaptedConv1d(_Conv, nn.Conv1d):
+    """A frozen nn.Conv1d with an adapter."""
+
+    plain = nn.Conv1d
+
+
+class AdaptedConv2d(_Conv, nn.Conv2d):
+    """A frozen nn.Conv2d with an adapter."""
+
+    plain = nn.Conv2d
+
+
+class _TransposedLinear(Adapted):
+    """transformers' Conv1D: a linear layer with weight (in, out)."""
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(input, weight.T, bias)
+
+
+KINDS: dict[type[nn.Module], type[Adapted]] = {
+    cast(type[nn.Module], kind.plain): kind
+    for kind in (AdaptedLinear, AdaptedEmbedding, AdaptedConv1d, AdaptedConv2d)
+}
+
+
+@functools.cache
+def adapted_class(plain: type[nn.Module]) -> type[Adapted] | None:
+    """The adapted form of a class of layers, or None.
+
+    A subclass with its own forward has none: it may never call the adapter.
     """
-
-    adapter: Adapter
-    enabled: bool
-    tensor_names: tuple[str, ...]
-    base_weight: Tensor | None  # the weight before a merge, while merged
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.enabled:
-            return F.linear(input, self.frozen_weight, self.bias)
-        if self.base_weight is not None:
-            return F.linear(input, self.weight, self.bias)
-        return self.adapter.forward(input, self.weight, self.bias, self.tensors())
-
-    @property
-    def frozen_weight(self) -> Tensor:
-        """W, merged or not."""
-        return self.weight if self.base_weight is None else self.base_weight
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The adapter's tensors by name."""
-        return {name: getattr(self, name) for name in self.tensor_names}
-
-    def delta_weight(self) -> Tensor:
-        """W' - W (out, in), fp32, the difference formed in float64."""
-        W = self.frozen_weight.detach().double()
-        p = {name: tensor.detach().double() for name, tensor in self.tensors().items()}
-        return (self.adapter.weight(W, p) - W).float()
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.adapter}"
-
-    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "AdaptedLinear":
-        """What `to`, `half`, `cuda`, ... do: the adapter's tensors stay at least fp32."""
-        before = {name: tensor.data for name, tensor in self.tensors().items()}
-        super()._apply(fn, recurse)
-        if self.base_weight is not None:
-            self.base_weight = fn(self.base_weight)
-        wide = wide_dtype(self.weight.dtype)
-        for name, tensor in self.tensors().items():
-            if tensor.dtype != wide:
-                tensor.data = before[name].to(tensor.device, wide)
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Load as nn.Linear does. A checkpoint without any adapter is the base's: it loads, also
-        when strict, and the adapter stays as it is, unless it was made for another W."""
-        adapters = {key.rsplit(".", 1)[-1] for key in state_dict} & {*self.tensor_names}
-        W = state_dict.get(f"{prefix}weight")
-        if self.base_weight is not None:
-            error_msgs.append(f"{prefix[:-1]} is merged: unmerge first, then load")
-            return
-        if not (adapters or self.adapter.additive or W is None or self._is_base(W)):
-            kind = type(self.adapter).__name__
-            error_msgs.append(
-                f"{prefix[:-1]} has a {kind} of another weight: load first, then adapt"
-            )
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if not adapters:
-            own = {f"{prefix}{name}" for name in self.tensor_names}
-            missing_keys[:] = [key for key in missing_keys if key not in own]
-
-    def _is_base(self, W: Tensor) -> bool:
-        return torch.equal(W.to(self.weight), self.weight)
-
-    def trained_tensors(self) -> list[nn.Parameter]:
-        """The adapter's tensors that train."""
-        return [t for t in self.tensors().values() if isinstance(t, nn.Parameter)]
+    if plain in KINDS:
+        return KINDS[plain]
+    if (plain.__module__, plain.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        own = {"plain": plain, "__reduce_ex__": _reduce}
+        return type("AdaptedConv1D", (_TransposedLinear, plain), own)
+    return None
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that can carry an adapter, by name: plain nn.Linear, adapted or not.
+def _reduce(layer: Adapted, protocol: Any) -> Any:
+    """How a layer is pickled whose class was made here and has no name to be found by."""
+    if type(layer) is not adapted_class(layer.plain):
+        return nn.Module.__reduce_ex__(layer, protocol)
+    return _blank, (layer.plain,), layer.__getstate__()
 
-    A subclass with its own forward is not one: it may never call the adapter.
-    """
+
+def _blank(plain: type[nn.Module]) -> Adapted:
+    kind = adapted_class(plain)
+    assert kind is not None
+    return kind.__new__(kind)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer that can carry an adapter is a linear one."""
+    return not isinstance(layer, nn.Embedding | nn.Conv1d | nn.Conv2d)
+
+
+def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of the matrix of a layer that carries or can carry an adapter."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    weight = cast(Tensor, layer.weight)
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return weight.shape[0], weight.shape[1:].numel()
+    return weight.shape[1], weight.shape[0]
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can carry an adapter, by name, adapted or not."""
     modules = model.named_modules()
-    return {n: m for n, m in modules if type(m) is nn.Linear or isinstance(m, AdaptedLinear)}
+    return {n: m for n, m in modules if isinstance(m, Adapted) or adapted_class(type(m))}
 
 
-def find_adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
+def find_adapted(model: nn.Module) -> dict[str, Adapted]:
     """The adapted layers by name, if there are any."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     """The adapted layers by name. Raises ValueError if there are none."""
     layers = find_adapted(model)
     if not layers:

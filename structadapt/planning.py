@@ -3,12 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from structadapt.adapted import Adapted
 from structadapt.adapters.base import Adapter
+from structadapt.layers import is_linear, matrix_shape
+from structadapt.ops import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,9 @@ class LayerPlan:
     shape: tuple[int, int]  # (out, in)
     adapter: Adapter
     parameters: int  # trained
-    flops: int  # added to one token's forward
+    flops: int  # added to one token's forward; 0 for a convolution, whose kernel alone is adapted
+    training_bytes: int  # the tensors, their gradients and Adam's two moments
+    held_bytes: int  # kept for the backward for every token, beside x
     tensors: dict[str, tuple[int, ...]]  # shape of each of the adapter's tensors
 
 
@@ -40,6 +46,16 @@ class Plan:
         """FLOPs added to one token's forward in all."""
         return sum(layer.flops for layer in self.layers)
 
+    @property
+    def training_bytes(self) -> int:
+        """Memory of the adapters, their gradients and Adam's moments in all."""
+        return sum(layer.training_bytes for layer in self.layers)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory kept for the backward for every token in all, beside each layer's input."""
+        return sum(layer.held_bytes for layer in self.layers)
+
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
 
@@ -48,37 +64,68 @@ class Plan:
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.layers)
-        lines = [f"{'layer':{width}}  {'out x in':>13}  {'parameters':>11}  {'FLOPs/token':>12}"]
+        lines = [
+            f"{'layer':{width}}  {'out x in':>13}  {'parameters':>11}  {'FLOPs/token':>12}  "
+            f"{'training KiB':>12}  {'held B/token':>12}"
+        ]
         for layer in self.layers:
             shape = f"{layer.shape[0]} x {layer.shape[1]}"
             lines.append(
                 f"{layer.name:{width}}  {shape:>13}  {layer.parameters:>11,}  {layer.flops:>12,}"
-                f"  {layer.adapter}"
+                f"  {layer.training_bytes / 1024:>12,.1f}  {layer.held_bytes:>12,}  {layer.adapter}"
             )
         share = self.parameters / max(self.base_parameters, 1)
         lines.append(
             f"{len(self)} layers, {self.parameters:,} trained parameters "
-            f"({share:.2%} of {self.base_parameters:,}), {self.flops:,} FLOPs a token added"
+            f"({share:.2%} of {self.base_parameters:,}), {self.flops:,} FLOPs a token added, "
+            f"{self.training_bytes / 2**20:,.1f} MiB to train, {self.held_bytes:,} B a token held"
         )
         return "\n".join(lines)
 
 
-def layer_plan(name: str, adapter: Adapter, out_features: int, in_features: int) -> LayerPlan:
-    tensors, flops = _cost(adapter, out_features, in_features)
-    trained = [t.numel() for key, t in tensors.items() if not key.startswith("frozen_")]
-    shapes = {key: tuple(t.shape) for key, t in tensors.items()}
-    return LayerPlan(name, (out_features, in_features), adapter, sum(trained), flops, shapes)
+def layer_plan(name: str, adapter: Adapter, layer: nn.Module) -> LayerPlan:
+    """The row of a layer that carries this adapter, or would."""
+    out_features, in_features = shape = matrix_shape(layer)
+    weight = cast(Tensor, layer.weight)
+    kind = "linear" if is_linear(layer) else type(layer).__name__
+    embedding = isinstance(layer, nn.Embedding)
+    tensors = layer.tensors() if isinstance(layer, Adapted) else _tensors(adapter, *shape)
+    trained = sum(t.numel() for key, t in tensors.items() if not key.startswith("frozen_"))
+    fixed = sum(t.numel() for t in tensors.values()) - trained
+    held = adapter.held(out_features, in_features) if kind == "linear" or embedding else 0
+    return LayerPlan(
+        name=name,
+        shape=shape,
+        adapter=adapter,
+        parameters=trained,
+        flops=_flops(adapter, *shape, embedding) if kind == "linear" or embedding else 0,
+        training_bytes=wide_dtype(weight.dtype).itemsize * (4 * trained + fixed),
+        held_bytes=held * weight.dtype.itemsize,
+        tensors={key: tuple(t.shape) for key, t in tensors.items()},
+    )
 
 
 @lru_cache(maxsize=4096)
-def _cost(adapter: Adapter, out_features: int, in_features: int) -> tuple[dict[str, Tensor], int]:
-    """The tensors of one layer, on the meta device, and the FLOPs that one more token costs."""
+def _tensors(adapter: Adapter, out_features: int, in_features: int) -> dict[str, Tensor]:
+    """An adapter's tensors on the meta device."""
+    return adapter.init(torch.empty(out_features, in_features, device="meta"))
+
+
+@lru_cache(maxsize=4096)
+def _flops(adapter: Adapter, out_features: int, in_features: int, embedding: bool) -> int:
+    """What one more token costs."""
     W = torch.empty(out_features, in_features, device="meta")
-    tensors = adapter.init(W)
+    tensors = _tensors(adapter, out_features, in_features)
 
     def flops(tokens: int) -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            adapter.forward(torch.empty(tokens, in_features, device="meta"), W, None, tensors)
+            if embedding:
+                y = torch.empty(tokens, out_features, device="meta")
+                ids = torch.empty(tokens, dtype=torch.int64, device="meta")
+                adapter.lookup(y, ids, W, tensors, None)
+            else:
+                adapter.forward(torch.empty(tokens, in_features, device="meta"), W, None, tensors)
         return counter.get_total_flops()
 
-    return tensors, flops(2) - flops(1) - 2 * out_features * in_features
+    frozen = 0 if embedding else 2 * out_features * in_features
+    return flops(2) - flops(1) - frozen

@@ -5,18 +5,27 @@ and `bias` under their names, and gains the adapter's tensors. References, hooks
 registered under two names stay valid, and base checkpoints keep their keys.
 """
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from structadapt.adapters.base import Adapter
-from structadapt.layers import AdaptedLinear, adapted_layers, find_adapted, linear_layers
+from structadapt.adapted import Adapted
+from structadapt.adapters.base import Adapter, generator_for
+from structadapt.layers import (
+    AdaptedLinear,
+    adaptable_layers,
+    adapted_class,
+    adapted_layers,
+    find_adapted,
+    matrix_shape,
+)
 from structadapt.planning import Plan, layer_plan
-from structadapt.targets import Target, select
+from structadapt.targets import Pattern, Target, select
+
+Overrides = Mapping[Pattern, Mapping[str, Any]]
 
 # -- adapting --------------------------------------------------------------------------------------
 
@@ -27,34 +36,45 @@ def adapt(
     target: Target = "all-linear",
     exclude: Target = (),
     *,
+    overrides: Overrides | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Adapt the layers of `model` that `target` names, in place; returns the model.
 
     Every parameter that is not an adapter's is frozen. Call again, with other layers, for a second
     adapter. Fresh tensors depend on (seed, layer name) alone. If anything is refused the model is
-    left as it was.
+    left as it was. On the meta device nothing is drawn: a layer starts when the base weights are
+    loaded, or with its `reset_parameters()`.
 
-    target: "all-linear" (every nn.Linear but the output head); a regular expression that matches
-        the whole module path or what follows one of its dots ("q_proj"); a callable
-        (name, module) -> bool; or several of these, each of which must match a layer.
+    target: "all-linear" (every nn.Linear and transformers' Conv1D but the output head); a regular
+        expression that matches the whole module path or what follows one of its dots ("q_proj"); a
+        callable (name, module) -> bool; or several of these, each of which must match a layer.
+        nn.Embedding, nn.Conv1d and nn.Conv2d are adapted where they are named.
     exclude: the same grammar, taken out of the target.
+    overrides: pattern -> fields of the adapter that are other on the layers it matches, as in
+        {"down_proj": {"rank": 32}}. Of several that match a layer, the first counts.
 
-    Raises TypeError if `adapter` is not an adapter; ValueError if a pattern matches no layer (near
-    names are shown), a layer is adapted already or does not suit the adapter; RuntimeError for a
-    model that is compiled, sharded, or built under inference mode: adapt, then compile, then shard.
+    Raises TypeError if `adapter` is not an adapter or has no such field; ValueError if a pattern
+    matches no layer (near names are shown), a layer is adapted already or does not suit the
+    adapter; RuntimeError for a model that is compiled, sharded, merged or built under inference
+    mode: adapt, then compile, then shard.
     """
-    chosen = _choose(model, adapter, target, exclude)
+    chosen = _choose(model, adapter, target, exclude, overrides)
     fresh = {}
-    for name, layer in chosen.items():
+    for name, (layer, own) in chosen.items():
+        kind = adapted_class(type(layer))
+        assert kind is not None
         with torch.no_grad(), _naming(name):
-            fresh[name] = adapter.init(layer.weight, generator_for(seed, name))
-    attach(model, {name: (adapter, tensors) for name, tensors in fresh.items()})
+            W = kind.as_matrix(cast(Any, layer), cast(Tensor, layer.weight))
+            fresh[name] = (own, own.init(W, generator_for(seed, name)))
+    attach(model, fresh, seed)
     return model
 
 
-def attach(model: nn.Module, layers: dict[str, tuple[Adapter, dict[str, Tensor]]]) -> None:
-    """Give the named nn.Linear layers their adapters and tensors, and freeze all the rest.
+def attach(
+    model: nn.Module, layers: dict[str, tuple[Adapter, dict[str, Tensor]]], seed: int = 0
+) -> None:
+    """Give the named layers their adapters and tensors, and freeze all the rest.
 
     Raises ValueError, before anything changes, for a layer that has an attribute of such a name.
     """
@@ -64,15 +84,18 @@ def attach(model: nn.Module, layers: dict[str, tuple[Adapter, dict[str, Tensor]]
                 raise ValueError(f"{name} has an attribute {key} already: rename it, or exclude")
     for name, (adapter, tensors) in layers.items():
         layer = model.get_submodule(name)
-        layer.__class__ = AdaptedLinear
-        assert isinstance(layer, AdaptedLinear)
-        layer.adapter, layer.enabled, layer.base_weight = adapter, True, None
+        layer.__class__ = adapted_class(type(layer))  # type: ignore[assignment]
+        assert isinstance(layer, Adapted)
+        layer.adapter, layer.enabled, layer.origin = adapter, True, (seed, name)
+        layer.base_weight = layer.residual = None
         layer.tensor_names = tuple(tensors)
         for key, tensor in tensors.items():
             if key.startswith("frozen_"):
                 layer.register_buffer(key, tensor)
             else:
                 layer.register_parameter(key, nn.Parameter(tensor))
+        layer.pending = layer.weight.is_meta
+        layer.watch()
     trained = {id(p) for layer in adapted_layers(model).values() for p in layer.trained_tensors()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
@@ -89,44 +112,71 @@ def _no_op(module: nn.Module, inputs: Any) -> None:
     """A hook that does nothing."""
 
 
-def generator_for(seed: int, name: str) -> torch.Generator:
-    """A CPU generator keyed by (seed, layer name): the same on every rank and in any order."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
 def _choose(
-    model: nn.Module, adapter: Adapter, target: Target, exclude: Target
-) -> dict[str, nn.Linear]:
-    """The layers to adapt, checked; nothing is changed."""
+    model: nn.Module,
+    adapter: Adapter,
+    target: Target,
+    exclude: Target,
+    overrides: Overrides | None,
+) -> dict[str, tuple[nn.Module, Adapter]]:
+    """The layers to adapt and the adapter of each, checked; nothing is changed."""
     if not isinstance(adapter, Adapter):
         known = ", ".join(f"{name}()" for name in Adapter.registry)
         raise TypeError(f"adapter must be one of {known}, got {adapter!r}")
     refuse_wrong_order(model)
-    layers = linear_layers(model)
+    layers = adaptable_layers(model)
     left_out = select(model, layers, exclude, "exclude")
     chosen = select(model, layers, target, "target")
     chosen = {name: layer for name, layer in chosen.items() if name not in left_out}
     if not chosen:
         raise ValueError(f"no layer to adapt: target {target!r}, exclude {exclude!r}")
+    own = dict.fromkeys(chosen, adapter)
+    for pattern, fields in reversed([*(overrides or {}).items()]):
+        changed = _changed(adapter, pattern, fields)
+        own.update(dict.fromkeys(select(model, chosen, pattern, "overrides"), changed))
     for name, layer in chosen.items():
-        if isinstance(layer, AdaptedLinear):
-            raise ValueError(f"{name} is adapted already, with {layer.adapter}; exclude it")
-        if "weight" not in layer._parameters:
-            raise ValueError(
-                f"{name}: its weight is computed by weight_norm, prune or the like, which would "
-                "undo a merge: remove that first"
-            )
-        if not layer.weight.numel():
-            raise ValueError(f"{name}: its weight is empty, {tuple(layer.weight.shape)}")
-        if not layer.weight.is_floating_point():
-            raise ValueError(f"{name}: cannot adapt a weight of dtype {layer.weight.dtype}")
-        if layer.weight.is_inference():
-            raise RuntimeError(
-                f"{name} was built under torch.inference_mode() and cannot be trained through; "
-                "build the model outside it"
-            )
-    return chosen
+        _refuse_layer(name, layer)
+        with _naming(name):
+            own[name] = own[name].resolved(*matrix_shape(layer))
+    return {name: (layer, own[name]) for name, layer in chosen.items()}
+
+
+def _changed(adapter: Adapter, pattern: Pattern, fields: Mapping[str, Any]) -> Adapter:
+    """The adapter with some fields changed."""
+    config = adapter.config()
+    unknown = sorted(fields.keys() - config.keys())
+    if unknown:
+        raise TypeError(
+            f"overrides[{pattern!r}]: {type(adapter).__name__} has no {unknown[0]}, only "
+            f"{', '.join(config)}"
+        )
+    return type(adapter)(**{**config, **fields})
+
+
+def _refuse_layer(name: str, layer: nn.Module) -> None:
+    """ValueError or RuntimeError for a layer that cannot carry an adapter, with the reason."""
+    if isinstance(layer, Adapted):
+        raise ValueError(f"{name} is adapted already, with {layer.adapter}; exclude it")
+    weight = cast(Tensor, layer.weight)
+    if "weight" not in layer._parameters:
+        raise ValueError(
+            f"{name}: its weight is computed by weight_norm, prune or the like, which would "
+            "undo a merge: remove that first"
+        )
+    if not weight.numel():
+        raise ValueError(f"{name}: its weight is empty, {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise ValueError(f"{name}: cannot adapt a weight of dtype {weight.dtype}")
+    if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.scale_grad_by_freq):
+        raise ValueError(
+            f"{name}: an embedding with max_norm changes its weight in every forward, and "
+            "scale_grad_by_freq has no meaning for an adapter: build it without"
+        )
+    if weight.is_inference():
+        raise RuntimeError(
+            f"{name} was built under torch.inference_mode() and cannot be trained through; "
+            "build the model outside it"
+        )
 
 
 def refuse_wrong_order(model: nn.Module) -> None:
@@ -137,7 +187,7 @@ def refuse_wrong_order(model: nn.Module) -> None:
             raise RuntimeError(f"{label} is compiled: adapt first, then compile, then shard")
         if any(hasattr(p, "device_mesh") for p in module.parameters(recurse=False)):
             raise RuntimeError(f"{label} is sharded: adapt first, then compile, then shard")
-        if isinstance(module, AdaptedLinear) and module.base_weight is not None:
+        if isinstance(module, Adapted) and module.base_weight is not None:
             raise RuntimeError(f"{label} is merged: unmerge first")
 
 
@@ -150,7 +200,7 @@ def _naming(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from None
 
 
-# -- turning off, merging --------------------------------------------------------------------------
+# -- turning off -----------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -166,67 +216,6 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
-@torch.no_grad()
-def merge(model: nn.Module) -> None:
-    """Put W' in the place of W in every adapted layer; `unmerge` brings W back bit for bit.
-
-    W' is computed in at least fp32 and rounded to the dtype of W; in bf16 most of a small update
-    is lost to that rounding. W itself is kept aside, so the model holds both while merged.
-
-    Raises RuntimeError if the model is merged already; ValueError if a weight is shared with
-    another module, which would change with it, or if W' is not finite. Nothing is changed then.
-    """
-    layers = adapted_layers(model)
-    merged_already = [name for name, layer in layers.items() if layer.base_weight is not None]
-    if merged_already:
-        raise RuntimeError(f"{merged_already[0]} is merged already; unmerge first")
-    owners = {id(layer.weight): name for name, layer in layers.items()}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owner = owners.get(id(parameter), name)
-            if owner != name:
-                raise ValueError(f"{owner} and {name} share a weight: merging would change both")
-    merged_weights = {}
-    for name, layer in layers.items():
-        merged_weights[name] = layer.adapter.weight(layer.weight, layer.tensors())
-        if not torch.isfinite(merged_weights[name]).all():
-            raise ValueError(f"{name}: the merged weight is not finite; nothing was merged")
-    try:
-        for name, layer in layers.items():
-            layer.base_weight = layer.weight.data
-            layer.weight.data = merged_weights[name]
-    except BaseException:  # an interrupt between two layers
-        _unmerge(model)
-        raise
-
-
-@torch.no_grad()
-def unmerge(model: nn.Module) -> None:
-    """Bring back the base weights, bit for bit. Raises RuntimeError if none is merged."""
-    if not _unmerge(model):
-        raise RuntimeError("the model is not merged")
-
-
-def _unmerge(model: nn.Module) -> bool:
-    """Bring back what is merged; whether anything was."""
-    layers = [m for m in adapted_layers(model).values() if m.base_weight is not None]
-    for layer in layers:
-        assert layer.base_weight is not None
-        layer.weight.data = layer.base_weight
-        layer.base_weight = None
-    return bool(layers)
-
-
-@contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
-    """Within this context the model runs on merged weights: for rollouts and evaluation."""
-    merge(model)
-    try:
-        yield
-    finally:
-        _unmerge(model)
-
-
 # -- looking ---------------------------------------------------------------------------------------
 
 
@@ -240,22 +229,52 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, layer.delta_weight()) for name, layer in adapted_layers(model).items())
 
 
+def parameter_groups(
+    model: nn.Module, lr: float, *, b_ratio: float = 1.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for a torch optimizer.
+
+    b_ratio: learning rate of B over that of all else (LoRA+, Hayou et al. 2024).
+    weight_decay: of A and B. Magnitudes, biases and gates have none: decay would pull them towards
+        0, which is not where W' = W.
+
+    Raises ValueError if the model is not adapted, or for a negative or not finite number.
+    """
+    for name, value in (("lr", lr), ("b_ratio", b_ratio), ("weight_decay", weight_decay)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number, not negative, got {value!r}")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for layer in adapted_layers(model).values():
+        for name, tensor in layer.tensors().items():
+            if isinstance(tensor, nn.Parameter):
+                spared = name.startswith((*layer.adapter.no_decay, "delta_bias"))
+                rates = (lr * b_ratio if name == "B" else lr, 0.0 if spared else weight_decay)
+                groups.setdefault(rates, []).append(tensor)
+    return [
+        {"params": tensors, "lr": rate, "weight_decay": decay}
+        for (rate, decay), tensors in groups.items()
+    ]
+
+
 def plan(
-    model: nn.Module, adapter: Adapter, target: Target = "all-linear", exclude: Target = ()
+    model: nn.Module,
+    adapter: Adapter,
+    target: Target = "all-linear",
+    exclude: Target = (),
+    *,
+    overrides: Overrides | None = None,
 ) -> Plan:
     """What `adapt` with the same arguments would do; nothing changes. Raises what it raises."""
-    chosen = _choose(model, adapter, target, exclude)
     rows = []
-    for name, layer in chosen.items():
+    for name, (layer, own) in _choose(model, adapter, target, exclude, overrides).items():
         with _naming(name):
-            rows.append(layer_plan(name, adapter, layer.out_features, layer.in_features))
+            rows.append(layer_plan(name, own, layer))
     return Plan(rows, _base_parameters(model))
 
 
 def summary(model: nn.Module) -> Plan:
-    """The plan of an adapted model: its layers, parameters and FLOPs."""
-    layers = adapted_layers(model).items()
-    rows = [layer_plan(n, m.adapter, m.out_features, m.in_features) for n, m in layers]
+    """The plan of an adapted model: its layers, parameters, FLOPs and memory."""
+    rows = [layer_plan(name, m.adapter, m) for name, m in adapted_layers(model).items()]
     return Plan(rows, _base_parameters(model))
 
 

@@ -10,11 +10,13 @@ Pattern = str | Callable[[str, nn.Module], bool]
 Target = Pattern | Iterable[Pattern]
 
 HEAD_NAMES = ("lm_head", "embed_out")
+NAMED_ONLY = (nn.Embedding, nn.Conv1d, nn.Conv2d)  # no part of "all-linear"
+CAN = "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d and transformers' Conv1D can be adapted"
 
 
 def select(
-    model: nn.Module, layers: dict[str, nn.Linear], target: Target, role: str
-) -> dict[str, nn.Linear]:
+    model: nn.Module, layers: dict[str, nn.Module], target: Target, role: str
+) -> dict[str, nn.Module]:
     """The layers that match any of the patterns, in model order. `role` names the argument.
 
     A layer registered under several names matches by any of them. Raises ValueError for a pattern
@@ -35,15 +37,27 @@ def select(
     return {name: layer for name, layer in layers.items() if name in names}
 
 
-def _matching(model: nn.Module, layers: dict[str, nn.Linear], pattern: Pattern) -> set[nn.Module]:
+def _matching(model: nn.Module, layers: dict[str, nn.Module], pattern: Pattern) -> set[nn.Module]:
     """The layers that a pattern names."""
     candidates: set[nn.Module] = {*layers.values()}
     if pattern == "all-linear":
-        return candidates - _output_heads(model)
+        linear = {layer for layer in candidates if not isinstance(layer, NAMED_ONLY)}
+        return linear - _output_heads(model)
     named = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if m in candidates]
     if isinstance(pattern, str):
         return {module for name, module in named if _name_matches(pattern, name)}
-    return {module for name, module in named if pattern(name, module)}
+    return {module for name, module in named if _asked(pattern, name, module)}
+
+
+def _asked(pattern: Callable[[str, nn.Module], bool], name: str, module: nn.Module) -> bool:
+    """A callable's answer. One that reads `bias` or `in_features` is about linear layers: that an
+    embedding has none is a no."""
+    try:
+        return pattern(name, module)
+    except AttributeError:
+        if isinstance(module, NAMED_ONLY):
+            return False
+        raise
 
 
 def near(name: str, names: Iterable[str]) -> str:
@@ -75,11 +89,11 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
     return {module for name, module in modules if name.rsplit(".", 1)[-1] in HEAD_NAMES}
 
 
-def _no_match(model: nn.Module, layers: dict[str, nn.Linear], pattern: Pattern, role: str) -> str:
+def _no_match(model: nn.Module, layers: dict[str, nn.Module], pattern: Pattern, role: str) -> str:
     if not isinstance(pattern, str) or pattern == "all-linear":
-        return f"{role} {pattern!r} matches none of the model's {len(layers)} nn.Linear layers"
+        return f"{role} {pattern!r} matches none of the {len(layers)} layers that can be adapted"
     for name, module in model.named_modules():
         if name and name not in layers and _name_matches(pattern, name):
             kind = type(module).__name__
-            return f"{role} {pattern!r} matches {name}, a {kind}: only nn.Linear can be adapted"
-    return f"{role} {pattern!r} matches no nn.Linear{near(pattern, layers)}"
+            return f"{role} {pattern!r} matches {name}, a {kind}: only {CAN}"
+    return f"{role} {pattern!r} matches no layer that can be adapted{near(pattern, layers)}"

@@ -150,7 +150,7 @@ def test_an_adapter_for_another_model_is_refused(saved, train_a_little):
     other.blocks[0]["up"] = nn.Linear(32, 48)
     refuse(other, path, r"blocks.0.up is 48 x 32 \(out x in\), the file has \(64, 32\)")
     del other.blocks[1]
-    refuse(other, path, r"no nn.Linear blocks.1.attn \(near: blocks.0.attn.*\(and 1 more\)")
+    refuse(other, path, r"no layer blocks.1.attn to adapt \(near: blocks.0.attn.*\(and 1 more\)")
     refuse(sa.adapt(copy.deepcopy(base), sa.LoRA(rank=4)), path, r"blocks.0.attn has LoRA\(rank=4")
     refuse(sa.adapt(copy.deepcopy(base), sa.LoRA(rank=2), "up"), path, "blocks.0.attn is not adapt")
     wider = sa.adapt(copy.deepcopy(base), sa.LoRA(rank=2), ["all-linear", "lm_head"])

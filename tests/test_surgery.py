@@ -133,16 +133,25 @@ def test_exclude(net):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({"target": "atn"}, r"target 'atn' matches no nn.Linear \(near: blocks.0.attn"),
-        ({"target": ["attn", "upp"]}, r"'upp' matches no nn.Linear \(near: blocks.0.up\b"),
+        (
+            {"target": "atn"},
+            r"target 'atn' matches no layer that can be.* \(near: blocks.0.attn",
+        ),
+        (
+            {"target": ["attn", "upp"]},
+            r"'upp' matches no layer that can be.* \(near: blocks.0.up\b",
+        ),
         ({"target": "blocks.0.atn"}, r"near: blocks.0.attn"),
-        ({"target": "zzz"}, r"near: blocks.0.attn, blocks.0.up, blocks.0.down, lm_head"),
-        ({"target": "tt"}, "matches no nn.Linear"),
-        ({"target": "embed"}, "matches embed, a Embedding: only nn.Linear can be adapted"),
+        ({"target": "zzz"}, r"near: embed, blocks.0.attn, blocks.0.up, blocks.0.down, lm_head"),
+        ({"target": "tt"}, "matches no layer that can be adapted"),
+        ({"target": "blocks"}, "matches blocks, a ModuleList: only nn.Linear, nn.Embedding"),
         ({"target": "("}, "is not a regular expression"),
         ({"target": []}, "no layer to adapt"),
-        ({"target": lambda n, m: False}, "matches none of the model's 7 nn.Linear layers"),
-        ({"exclude": "dwn"}, r"exclude 'dwn' matches no nn.Linear \(near: blocks.0.down"),
+        ({"target": lambda n, m: False}, "matches none of the 8 layers that can be adapted"),
+        (
+            {"exclude": "dwn"},
+            r"exclude 'dwn' matches no layer that can be.* \(near: blocks.0.down",
+        ),
         ({"target": "up", "exclude": "all-linear"}, "no layer to adapt: target 'up', exclude"),
     ],
 )
@@ -437,7 +446,7 @@ def test_any_name_of_a_shared_layer_is_a_target():
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_computed_weights_are_refused(norm):
     model = nn.Sequential(norm(nn.Linear(8, 8)))
-    with pytest.raises(ValueError, match=r"computed by weight_norm|only nn.Linear can be adapted"):
+    with pytest.raises(ValueError, match=r"computed by weight_norm|only nn.Linear, nn.Embedding"):
         sa.adapt(model, sa.LoRA(rank=2), "0")
 
 

@@ -76,6 +76,10 @@ class Adapter:
         keeps it until one of them is written to; without it, `forward` works it out itself."""
         return {}
 
+    def held(self, out_features: int, in_features: int) -> int:
+        """How many numbers the backward of `forward` keeps for every token, beside x."""
+        return 0
+
     def resolved(self, out_features: int, in_features: int) -> "Adapter":
         """This adapter with every choice that depends on the layer's shape written down."""
         return self

@@ -47,6 +47,9 @@ class DoRA(LoRA):
         g = self.gain(lambda: W, p)
         return ops.dora_linear(x, W, bias, p["A"], p["B"], g, self.scale)
 
+    def held(self, out_features: int, in_features: int) -> int:
+        return self.rank + out_features  # x A^T and the output before the magnitude
+
     def onto(
         self,
         y: Tensor,

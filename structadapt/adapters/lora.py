@@ -67,6 +67,9 @@ class LoRA(Adapter):
     def forward(self, x: Tensor, W: Tensor, bias: Tensor | None, p: dict[str, Tensor]) -> Tensor:
         return ops.lora_linear(x, W, bias, p["A"], p["B"], self.scale)
 
+    def held(self, out_features: int, in_features: int) -> int:
+        return self.rank  # x A^T
+
     def onto(
         self,
         y: Tensor,

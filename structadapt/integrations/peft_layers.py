@@ -7,7 +7,7 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from structadapt.layers import AdaptedLinear
+from structadapt.adapted import Adapted
 
 # Code that reads a merged PeftModel leaves out the names that contain the method's prefix.
 PREFIX = "structadapt_"
@@ -35,7 +35,7 @@ class TunerLayer:
 
     @property
     def merged(self) -> bool:
-        return cast(AdaptedLinear, self).base_weight is not None
+        return cast(Adapted, self).base_weight is not None
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -43,7 +43,7 @@ class TunerLayer:
 
     @property
     def disable_adapters(self) -> bool:
-        return not cast(AdaptedLinear, self).enabled
+        return not cast(Adapted, self).enabled
 
     @property
     def active_adapter(self) -> str:
@@ -57,7 +57,7 @@ class TunerLayer:
         return {self.peft_name}
 
     def enable_adapters(self, enabled: bool) -> None:
-        cast(AdaptedLinear, self).enabled = enabled
+        cast(Adapted, self).enabled = enabled
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         self.set_requires_grad(adapter_names, not inference_mode)
@@ -66,7 +66,7 @@ class TunerLayer:
         self, adapter_names: str | Sequence[str], requires_grad: bool = True
     ) -> None:
         check_name(adapter_names, self.peft_name)
-        for parameter in cast(AdaptedLinear, self).trained_tensors():
+        for parameter in cast(Adapted, self).trained_tensors():
             parameter.requires_grad_(requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -74,7 +74,7 @@ class TunerLayer:
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str) -> None:
         for tensor in self.tensors().values():
-            tensor.data = tensor.data.to(cast(AdaptedLinear, self).weight.device)
+            tensor.data = tensor.data.to(cast(Adapted, self).weight.device)
 
 
 BaseTunerLayer.register(TunerLayer)
@@ -91,7 +91,7 @@ def make_tuner_layer(
 ) -> None:
     """Turn an adapted layer into one that PEFT knows. `own_class` is its class before `adapt`,
     `added` are the attributes that `adapt` gave it."""
-    names = cast(AdaptedLinear, layer).tensor_names
+    names = cast(Adapted, layer).tensor_names
     for name in names:
         home: dict[str, Any] = layer._parameters if name in layer._parameters else layer._buffers
         home[f"{PREFIX}{name}"] = home.pop(name)

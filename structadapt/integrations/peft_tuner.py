@@ -20,7 +20,6 @@ layer for the adapter's.
 import dataclasses
 import warnings
 from collections.abc import Iterable, Sequence
-from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -40,7 +39,8 @@ from structadapt.integrations.peft_layers import (
     restore,
 )
 from structadapt.layers import find_adapted
-from structadapt.surgery import adapt, merge, unmerge
+from structadapt.merging import merge, unmerge
+from structadapt.surgery import adapt
 
 METHOD = "structadapt"
 WRAPPER = "base_model.model."  # what PeftModel puts in front of the base model's names
@@ -182,8 +182,7 @@ class StructAdaptModel(BaseTuner):
         if self._is_merged():
             warnings.warn("the adapter is merged already: nothing to do", stacklevel=2)
             return
-        forced = {"force": True} if "force" in signature(merge).parameters else {}
-        merge(self.model, **forced)
+        merge(self.model, force=True)  # a weight sync must not stop for what rounding takes
 
     def unmerge_adapter(self) -> None:
         """Bring W back bit for bit."""

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from trl.generation.vllm_generation import VLLMGeneration
 
-from structadapt.layers import AdaptedLinear, find_adapted
-from structadapt.ops import wide_dtype
+from structadapt.adapted import Adapted
+from structadapt.layers import find_adapted
 
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # parts of a name
 
@@ -107,7 +107,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _refuse_shared(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
+def _refuse_shared(model: nn.Module, layers: dict[str, Adapted]) -> None:
     owners = {id(layer.weight): (name, layer) for name, layer in layers.items()}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -119,7 +119,7 @@ def _refuse_shared(model: nn.Module, layers: dict[str, AdaptedLinear]) -> None:
                 )
 
 
-def _adapted_weight(layer: AdaptedLinear) -> Tensor:
+def _adapted_weight(layer: Adapted) -> Tensor:
     """W' of a layer as it is stored, in the dtype of W; of a sharded layer too."""
     if any(hasattr(t, "full_tensor") for t in [layer.weight, *layer.tensors().values()]):
         twin = copy.copy(layer)  # has the same attributes, and below its own tensors
@@ -127,11 +127,7 @@ def _adapted_weight(layer: AdaptedLinear) -> Tensor:
             tensors = getattr(layer, home).items()
             twin.__dict__[home] = {k: None if t is None else _whole(t) for k, t in tensors}
         layer = twin
-    dtype = layer.frozen_weight.dtype
-    if hasattr(layer, "adapted_weight"):
-        return cast(Any, layer).adapted_weight().to(dtype)
-    W = layer.frozen_weight.to(wide_dtype(dtype))
-    return layer.adapter.weight(W, layer.tensors()).to(dtype)
+    return layer.adapted_weight().to(layer.frozen_weight.dtype)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def _updates(
     """(name, W' - W, W or None, reason if only part of it) of every matrix."""
     if isinstance(source, nn.Module) and base is None:
         for name, layer in adapted_layers(source).items():
-            yield name, layer.delta_weight(), layer.frozen_weight.detach(), ""
+            yield name, layer.delta_weight(), layer.matrix(), ""
     elif isinstance(source, str | os.PathLike) and is_adapter_file(source):
         weights = None if base is None else _weights(base)
         for name, layer in read_adapters(source).items():
@@ -142,7 +142,7 @@ def _weights(source: Source, adapted: bool = False) -> dict[str, Tensor]:
         tensors: Mapping[str, Tensor] = source.state_dict()
         layers = find_adapted(source)
         ours = {
-            f"{n}.weight": m.frozen_weight.double() + m.delta_weight()
+            f"{n}.weight": m.frozen_weight.double() + m.as_stored(m.delta_weight())
             if adapted
             else m.frozen_weight
             for n, m in layers.items()

@@ -1,0 +1,171 @@
+"""Put adapted weights in the place of the frozen ones, and the frozen ones back.
+
+Rounding W' to a low-precision dtype can lose the update it carries: in bf16, with an update of
+relative size 1e-4, about 94 % of it. So every merge measures, per layer, the share of the update
+that survives, <round(W') - W, W' - W> / |W' - W|^2, and speaks up.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from structadapt.adapted import Adapted
+from structadapt.layers import adapted_layers
+from structadapt.ops import wide_dtype
+
+WARN_BELOW, REFUSE_BELOW = 0.99, 0.5  # shares of an update that survive
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """What merging one layer does to its update."""
+
+    name: str
+    dtype: torch.dtype  # of the merged weight
+    relative_update: float  # |W' - W| / |W|, Frobenius
+    survives: float  # share of W' - W left after rounding; 1 if there is no update
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging does to the update of every layer. Print it."""
+
+    layers: list[LayerMerge]
+
+    @property
+    def survives(self) -> float:
+        """The smallest share of any layer."""
+        return min(layer.survives for layer in self.layers)
+
+    def __str__(self) -> str:
+        width = max(len(layer.name) for layer in self.layers)
+        lines = [f"{'layer':{width}}  {'|dW|/|W|':>9}  {'survives':>8}  dtype"]
+        lines += [
+            f"{m.name:{width}}  {m.relative_update:9.2e}  {m.survives:8.1%}  {m.dtype}"
+            for m in self.layers
+        ]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def merge(
+    model: nn.Module, *, report: bool = False, force: bool = False, residual: bool = False
+) -> MergeReport | None:
+    """Put W' in the place of W in every adapted layer; `unmerge` brings W back bit for bit.
+
+    W' is computed in at least fp32 and rounded once to the dtype of W. W itself is kept aside, so
+    the model holds both while merged.
+
+    report: return a `MergeReport`: per layer, the share of the update that survives the rounding.
+        Without it, layers of fp32 and more are not measured.
+    residual: keep also what the rounding took, in the dtype of W, and run it as a second product:
+        the merged model computes with W' to about twice the digits of that dtype.
+    force: merge without a warning however little survives.
+
+    Warns below 99 % and refuses below 50 %, unless `force` or `residual`. Raises RuntimeError if
+    the model is merged already or sharded; ValueError if a weight is shared with another module,
+    which would change with it, if W' is not finite, or if too little survives. Nothing is changed
+    then.
+    """
+    layers = adapted_layers(model)
+    _refuse(model, layers)
+    merged_weights: dict[str, Tensor] = {}
+    residuals: dict[str, Tensor] = {}
+    measured = []
+    for name, layer in layers.items():
+        wide = layer.adapted_weight()
+        weight = wide.to(layer.weight.dtype)
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{name}: the merged weight is not finite; nothing was merged")
+        merged_weights[name] = weight.contiguous()
+        if residual:
+            residuals[name] = (wide - weight).to(weight.dtype)
+        if report or (weight.dtype != wide.dtype and not force and not residual):
+            measured.append(survival(name, layer, weight.dtype))
+    if not (force or residual):
+        speak_up(measured, "merged")
+    try:
+        for name, layer in layers.items():
+            layer.base_weight = layer.weight.data
+            layer.weight.data = merged_weights[name]
+            layer.residual = residuals.get(name)
+    except BaseException:  # an interrupt between two layers
+        _unmerge(model)
+        raise
+    return MergeReport(measured) if report else None
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> None:
+    """Bring back the base weights, bit for bit. Raises RuntimeError if none is merged."""
+    if not _unmerge(model):
+        raise RuntimeError("the model is not merged")
+
+
+def _unmerge(model: nn.Module) -> bool:
+    """Bring back what is merged; whether anything was."""
+    layers = [m for m in adapted_layers(model).values() if m.base_weight is not None]
+    for layer in layers:
+        assert layer.base_weight is not None
+        layer.weight.data = layer.base_weight
+        layer.base_weight = layer.residual = None
+    return bool(layers)
+
+
+@contextmanager
+def merged(model: nn.Module, *, force: bool = False, residual: bool = False) -> Iterator[None]:
+    """Within this context the model runs on merged weights: for rollouts and evaluation. Arguments
+    and errors as for `merge`."""
+    merge(model, force=force, residual=residual)
+    try:
+        yield
+    finally:
+        _unmerge(model)
+
+
+def survival(name: str, layer: Adapted, dtype: torch.dtype) -> LayerMerge:
+    """What storing the adapted weight of a layer in `dtype` does to its update. In fp32 a layer of
+    low precision is measured, in float64 one of fp32."""
+    if wide_dtype(layer.weight.dtype) != layer.weight.dtype:
+        W = layer.as_stored(layer.matrix()).to(wide_dtype(layer.weight.dtype))
+        wide = layer.adapted_weight()
+    else:
+        W = layer.as_stored(layer.matrix()).double()
+        wide = W + layer.as_stored(layer.delta_weight().double())
+    update, kept = wide - W, wide.to(dtype).to(wide.dtype) - W
+    size = torch.linalg.vector_norm(update).item()
+    share = 1.0 if size == 0 else (torch.sum(update / size * kept) / size).item()
+    return LayerMerge(name, dtype, size / max(torch.linalg.vector_norm(W).item(), 1e-300), share)
+
+
+def speak_up(measured: list[LayerMerge], done: str) -> None:
+    """Warn of, or refuse with a ValueError, what loses too much of an update."""
+    worst = min(measured, key=lambda layer: layer.survives, default=None)
+    if worst is None or worst.survives >= WARN_BELOW:
+        return
+    said = (
+        f"{worst.name}: {worst.survives:.0%} of its update of relative size "
+        f"{worst.relative_update:.1e} survives rounding to {worst.dtype}"
+    )
+    ways = "run it unmerged, keep the rest with residual=True, or pass force=True"
+    if worst.survives < REFUSE_BELOW:
+        raise ValueError(f"{said}; nothing was {done}: {ways}")
+    warnings.warn(f"{said}: {ways}", stacklevel=3)
+
+
+def _refuse(model: nn.Module, layers: dict[str, Adapted]) -> None:
+    for name, layer in layers.items():
+        if layer.base_weight is not None:
+            raise RuntimeError(f"{name} is merged already; unmerge first")
+        if hasattr(layer.weight, "device_mesh"):
+            raise RuntimeError(f"{name} is sharded: merge before sharding, or unshard the model")
+    owners = {id(layer.weight): name for name, layer in layers.items()}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owner = owners.get(id(parameter), name)
+            if owner != name:
+                raise ValueError(f"{owner} and {name} share a weight: merging would change both")
