@@ -96,4 +96,5 @@ def _no_match(model: nn.Module, layers: dict[str, nn.Module], pattern: Pattern, 
         if name and name not in layers and _name_matches(pattern, name):
             kind = type(module).__name__
             return f"{role} {pattern!r} matches {name}, a {kind}: only {CAN}"
-    return f"{role} {pattern!r} matches no layer that can be adapted{near(pattern, layers)}"
+    shown = near(pattern, layers)
+    return f"{role} {pattern!r} matches no nn.Linear or other layer that can be adapted{shown}"

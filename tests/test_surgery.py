@@ -135,22 +135,22 @@ def test_exclude(net):
     [
         (
             {"target": "atn"},
-            r"target 'atn' matches no layer that can be.* \(near: blocks.0.attn",
+            r"target 'atn' matches no nn.Linear or .* \(near: blocks.0.attn",
         ),
         (
             {"target": ["attn", "upp"]},
-            r"'upp' matches no layer that can be.* \(near: blocks.0.up\b",
+            r"'upp' matches no nn.Linear or .* \(near: blocks.0.up\b",
         ),
         ({"target": "blocks.0.atn"}, r"near: blocks.0.attn"),
         ({"target": "zzz"}, r"near: embed, blocks.0.attn, blocks.0.up, blocks.0.down, lm_head"),
-        ({"target": "tt"}, "matches no layer that can be adapted"),
+        ({"target": "tt"}, "matches no nn.Linear"),
         ({"target": "blocks"}, "matches blocks, a ModuleList: only nn.Linear, nn.Embedding"),
         ({"target": "("}, "is not a regular expression"),
         ({"target": []}, "no layer to adapt"),
         ({"target": lambda n, m: False}, "matches none of the 8 layers that can be adapted"),
         (
             {"exclude": "dwn"},
-            r"exclude 'dwn' matches no layer that can be.* \(near: blocks.0.down",
+            r"exclude 'dwn' matches no nn.Linear or .* \(near: blocks.0.down",
         ),
         ({"target": "up", "exclude": "all-linear"}, "no layer to adapt: target 'up', exclude"),
     ],
