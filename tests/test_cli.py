@@ -55,7 +55,7 @@ def call(*arguments):
         (["--adapter", "quanta", "--rank", "4"], "--rank does not apply to --adapter quanta"),
         (["--adapter", "full", "--target", "q"], "--target does not apply to --adapter full"),
         (["--axes", "3"], "--axes does not apply to --adapter lora"),
-        (["--target", "qq"], "target 'qq' matches no nn.Linear (near: blocks.0.q"),
+        (["--target", "qq"], "target 'qq' matches no nn.Linear or other layer that can be adapted (near: blocks.0.q"),
         (["--target", "blocks.0.upp"], "(near: blocks.0.up"),
         (["--lr", "0"], "--lr must be from"),
         (["--lr", "nan"], "--lr must be from"),
@@ -94,7 +94,9 @@ def test_adapter_files_that_do_not_fit(tmp_path, capsys):
     sa.save(sa.adapt(nn.Sequential(nn.Linear(8, 8)), sa.LoRA(rank=2)), path)
     assert call("grpo", *FAST, "--load", path, "--out", tmp_path / "out") == 2
     err = capsys.readouterr().err
-    assert "does not fit this model: the model has no nn.Linear 0" in err and err.count("\n") == 1
+    assert (
+        "does not fit this model: the model has no layer 0 to adapt" in err and err.count("\n") == 1
+    )
     path.write_bytes(path.read_bytes()[:-3])
     for command in (["grpo", *FAST, "--load"], ["spectra"]):
         assert call(*command, path) == 2
