@@ -55,7 +55,7 @@ def call(*arguments):
         (["--adapter", "quanta", "--rank", "4"], "--rank does not apply to --adapter quanta"),
         (["--adapter", "full", "--target", "q"], "--target does not apply to --adapter full"),
         (["--axes", "3"], "--axes does not apply to --adapter lora"),
-        (["--target", "qq"], "target 'qq' matches no nn.Linear or other layer that can be adapted (near: blocks.0.q"),
+        (["--target", "qq"], "layer that can be adapted (near: blocks.0.q"),
         (["--target", "blocks.0.upp"], "(near: blocks.0.up"),
         (["--lr", "0"], "--lr must be from"),
         (["--lr", "nan"], "--lr must be from"),
