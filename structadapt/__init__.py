@@ -2,7 +2,8 @@
 
 from structadapt import grpo, spectra
 from structadapt.adapters import DoRA, LoRA, QuanTA
-from structadapt.checkpoint import load, save
+from structadapt.checkpoint import save
+from structadapt.interop import export_merged, export_peft, load
 from structadapt.layers import AdaptedLinear
 from structadapt.merging import MergeReport, merge, merged, unmerge
 from structadapt.surgery import (
@@ -25,6 +26,8 @@ __all__ = [
     "adapter_parameters",
     "delta_weights",
     "disabled",
+    "export_merged",
+    "export_peft",
     "grpo",
     "load",
     "merge",

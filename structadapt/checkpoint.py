@@ -3,10 +3,12 @@
 Tensors are named `<layer>.<tensor>` as in the adapted model's state dict. The metadata has one
 entry, "structadapt", a JSON object:
 
-    {"format": 1, "version": "0.1.0",
-     "layers": {name: {"adapter": "LoRA", "config": {...}, "shape": [out, in]}}}  in model order
+    {"format": 1, "version": "0.1.0", "torch": "2.13.0",
+     "layers": {name: {"adapter": "LoRA", "config": {...}, "shape": [out, in],
+                       "base": fingerprint of the frozen weight}}}  in model order
 """
 
+import hashlib
 import json
 import os
 import secrets
@@ -23,12 +25,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from structadapt.adapted import Adapted
+from structadapt.adapted import Adapted, whole
 from structadapt.adapters.base import Adapter
 from structadapt.layers import (
     adaptable_layers,
     adapted_layers,
     find_adapted,
+    matrix_of,
     matrix_shape,
 )
 from structadapt.ops import wide_dtype
@@ -38,6 +41,7 @@ from structadapt.targets import near
 FORMAT = 1
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LARGEST_WIDTH = 2**24  # of a layer in a file
+SAMPLE = 1024  # values of a weight in its fingerprint
 
 
 class AdapterFileError(ValueError):
@@ -55,11 +59,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     header = {
         "format": FORMAT,
         "version": version("structadapt"),
+        "torch": torch.__version__,
         "layers": {
             name: {
                 "adapter": type(layer.adapter).__name__,
                 "config": layer.adapter.config(),
                 "shape": list(matrix_shape(layer)),
+                "base": fingerprint(layer.matrix()),
             }
             for name, layer in layers.items()
         },
@@ -76,22 +82,36 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
 
 
-def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def load_file(
+    model: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True
+) -> nn.Module:
     """Put the adapters of a file into `model`, in place; returns the model.
 
     A bare model is adapted as the file says and its other parameters are frozen; a model that is
     adapted already must have the same adapters on the same layers. Everything is checked before
-    anything changes.
+    anything changes. The base weights must be those that the adapters were saved over, as far as
+    bf16 tells; `check_base=False` is for other ones on purpose, such as a quantised base.
 
     Raises FileNotFoundError; AdapterFileError (a ValueError) for a file that is truncated,
-    damaged, from a newer format, not finite, or for another model, naming what differs;
+    damaged, from a newer format, not finite, or for another model or base, naming what differs;
     RuntimeError for a model that is compiled, sharded, merged or on the meta device.
     """
     refuse_wrong_order(model)
     saved = read_adapters(path)
-    adapted = find_adapted(model)
-    candidates = adaptable_layers(model)
-    found = (_difference(name, layer, candidates) for name, layer in saved.items())
+    refuse_misfit(model, saved, path, check_base)
+    fill(model, saved)
+    return model
+
+
+def refuse_misfit(
+    model: nn.Module,
+    saved: "dict[str, SavedLayer]",
+    source: str | os.PathLike[str],
+    check_base: bool = True,
+) -> None:
+    """AdapterFileError if the layers of a file cannot go onto the model."""
+    adapted, candidates = find_adapted(model), adaptable_layers(model)
+    found = (_difference(name, layer, candidates, check_base) for name, layer in saved.items())
     differences = [difference for difference in found if difference]
     if adapted:
         bare = candidates.keys() - adapted.keys()
@@ -100,18 +120,37 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     if differences:
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
         shown = "; ".join(differences[:3])
-        raise AdapterFileError(f"{path} does not fit this model: {shown}{more}")
+        raise AdapterFileError(f"{source} does not fit this model: {shown}{more}")
     for name in saved:
         if cast(Tensor, candidates[name].weight).is_meta:
             raise RuntimeError(f"{name} is on the meta device: load the base weights first")
+
+
+def fill(model: nn.Module, saved: "dict[str, SavedLayer]") -> None:
+    """Adapt a bare model with layers that fit, in its order, or fill those of an adapted one."""
+    adapted, layers = find_adapted(model), adaptable_layers(model)
     if not adapted:
-        attach(model, {n: (layer.adapter, layer.like(candidates[n])) for n, layer in saved.items()})
-        return model
+        order = [name for name in layers if name in saved]
+        attach(model, {n: (saved[n].adapter, saved[n].like(layers[n])) for n in order})
+        return
     with torch.no_grad():
         for name, layer in saved.items():
             for key, tensor in adapted[name].tensors().items():
                 tensor.copy_(layer.tensors[key])
-    return model
+            adapted[name].pending = False
+
+
+def fingerprint(W: Tensor) -> str:
+    """A short digest of a weight (out, in): its shape and a sample of its values, rounded to bf16,
+    so that it is the same for a base that is kept in another dtype."""
+    W = whole(W.detach())
+    step = max(1, W.numel() // SAMPLE) | 1  # odd, or it could meet a few columns alone
+    places = torch.arange(0, W.numel(), step, device=W.device)
+    values = W[places // W.shape[1], places % W.shape[1]].to("cpu", torch.bfloat16)
+    digest = hashlib.sha256(
+        str(tuple(W.shape)).encode() + values.view(torch.int16).numpy().tobytes()
+    )
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -121,6 +160,7 @@ class SavedLayer:
     adapter: Adapter
     shape: tuple[int, int]  # (out, in)
     tensors: dict[str, Tensor]
+    base: str | None = None  # fingerprint of the weight it was saved over
 
     def like(self, layer: nn.Module) -> dict[str, Tensor]:
         """The tensors on the device of a layer, in the adapter dtype over it."""
@@ -152,6 +192,10 @@ def read_adapters(path: str | os.PathLike[str]) -> dict[str, SavedLayer]:
             )
         described = {n: _describe(entry) for n, entry in header["layers"].items()}
         expected = {n: a.init(torch.empty(s, device="meta")) for n, (a, s) in described.items()}
+        for name, (_, shape) in described.items():
+            if f"{name}.delta_bias" in tensors:
+                expected[name]["delta_bias"] = torch.empty(shape[0], device="meta")
+        bases = {n: entry.get("base") for n, entry in header["layers"].items()}
     except AdapterFileError:
         raise
     except ValueError as error:
@@ -161,7 +205,7 @@ def read_adapters(path: str | os.PathLike[str]) -> dict[str, SavedLayer]:
     if not described:
         raise AdapterFileError(f"{path} holds no layer")
     layers = {
-        name: SavedLayer(adapter, shape, _take(path, tensors, name, expected[name]))
+        name: SavedLayer(adapter, shape, _take(path, tensors, name, expected[name]), bases[name])
         for name, (adapter, shape) in described.items()
     }
     if tensors:
@@ -251,7 +295,9 @@ def _take(
     return taken
 
 
-def _difference(name: str, saved: SavedLayer, candidates: dict[str, nn.Module]) -> str | None:
+def _difference(
+    name: str, saved: SavedLayer, candidates: dict[str, nn.Module], check_base: bool
+) -> str | None:
     """What keeps a saved layer from going onto the model, or None."""
     layer = candidates.get(name)
     if layer is None:
@@ -259,6 +305,16 @@ def _difference(name: str, saved: SavedLayer, candidates: dict[str, nn.Module]) 
     shape = matrix_shape(layer)
     if shape != saved.shape:
         return f"{name} is {shape[0]} x {shape[1]} (out x in), the file has {saved.shape}"
-    if isinstance(layer, Adapted) and layer.adapter != saved.adapter:
-        return f"{name} has {layer.adapter}, the file {saved.adapter}"
+    if isinstance(layer, Adapted):
+        if layer.adapter != saved.adapter:
+            return f"{name} has {layer.adapter}, the file {saved.adapter}"
+        if layer.tensors().keys() != saved.tensors.keys():
+            found, given = (", ".join(sorted(t)) for t in (layer.tensors(), saved.tensors))
+            return f"{name} has the tensors {found}, the file {given}"
+    compared = check_base and saved.base is not None and not cast(Tensor, layer.weight).is_meta
+    if compared and fingerprint(matrix_of(layer)) != saved.base:
+        return (
+            f"{name} has another base weight than the one that this adapter was saved over: load "
+            "the right base, or pass check_base=False"
+        )
     return None

@@ -140,6 +140,15 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     return weight.shape[1], weight.shape[0]
 
 
+def matrix_of(layer: nn.Module) -> Tensor:
+    """W (out, in) of a layer that carries or can carry an adapter; a view, without a gradient."""
+    if isinstance(layer, Adapted):
+        return layer.matrix()
+    kind = adapted_class(type(layer))
+    assert kind is not None
+    return kind.as_matrix(cast(Any, layer), cast(Tensor, layer.weight).detach())
+
+
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that can carry an adapter, by name, adapted or not."""
     modules = model.named_modules()

@@ -20,6 +20,7 @@ from structadapt.layers import (
     adapted_class,
     adapted_layers,
     find_adapted,
+    matrix_of,
     matrix_shape,
 )
 from structadapt.planning import Plan, layer_plan
@@ -62,11 +63,8 @@ def adapt(
     chosen = _choose(model, adapter, target, exclude, overrides)
     fresh = {}
     for name, (layer, own) in chosen.items():
-        kind = adapted_class(type(layer))
-        assert kind is not None
         with torch.no_grad(), _naming(name):
-            W = kind.as_matrix(cast(Any, layer), cast(Tensor, layer.weight))
-            fresh[name] = (own, own.init(W, generator_for(seed, name)))
+            fresh[name] = (own, own.init(matrix_of(layer), generator_for(seed, name)))
     attach(model, fresh, seed)
     return model
 

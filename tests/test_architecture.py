@@ -26,12 +26,31 @@ MAY_IMPORT = {
     "merging": {"adapted", "layers", "ops"},
     "surgery": {"adapted", "adapters", "layers", "planning", "targets"},
     "checkpoint": {"adapted", "adapters", "layers", "ops", "surgery", "targets"},
+    "interop": {
+        "adapted",
+        "adapters",
+        "checkpoint",
+        "layers",
+        "merging",
+        "ops",
+        "surgery",
+        "targets",
+    },
     "spectra": {"checkpoint", "layers"},
     "grpo": {"ops"},
     "integrations": {"adapted", "adapters", "checkpoint", "layers", "merging", "ops", "surgery"},
     "examples": {"structadapt", "adapters", "checkpoint", "layers"},
     "cli": {"examples", "spectra"},
-    "structadapt": {"adapters", "checkpoint", "grpo", "layers", "merging", "spectra", "surgery"},
+    "structadapt": {
+        "adapters",
+        "checkpoint",
+        "grpo",
+        "interop",
+        "layers",
+        "merging",
+        "spectra",
+        "surgery",
+    },
 }
 CORE = {"torch", "safetensors", "einops", "numpy", "structadapt"}
 OPTIONAL = {"matplotlib", "tqdm", "pandas", "triton", "transformers", "peft", "trl"}

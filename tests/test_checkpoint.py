@@ -249,3 +249,35 @@ def test_savers_to_one_place_do_not_meet(net, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: sa.save(net, tmp_path / "a"), range(64)))
     assert os.listdir(tmp_path) == ["a"] and read_adapters(tmp_path / "a")
+
+
+def test_another_base_is_refused(saved, ids):
+    base, path = saved
+    assert sa.load(copy.deepcopy(base).bfloat16(), path)
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.blocks[1]["up"].weight.mul_(1.01)
+    refuse(other, path, "blocks.1.up has another base weight than the one that this adapter")
+    assert sa.load(other, path, check_base=False) is other
+
+
+def test_a_trained_bias_is_saved(net, ids, tmp_path):
+    bare = copy.deepcopy(net)
+    sa.adapt(net, sa.LoRA(rank=2), "attn")
+    for block in net.blocks:
+        layer = block["attn"]
+        layer.register_parameter("delta_bias", nn.Parameter(torch.ones(32)))
+        layer.tensor_names += ("delta_bias",)
+    sa.save(net, tmp_path / "a")
+    assert not torch.equal(net(ids), bare(ids))
+    assert torch.equal(sa.load(copy.deepcopy(bare), tmp_path / "a")(ids), net(ids))
+    with sa.merged(net):
+        expected = net(ids)
+    torch.testing.assert_close(expected, net(ids))
+    other = sa.adapt(bare, sa.LoRA(rank=2), "attn")
+    refuse(other, tmp_path / "a", "blocks.0.attn has the tensors A, B, the file A, B, delta_bias")
+
+
+def test_a_folder_that_is_no_peft_adapter(net, tmp_path):
+    with pytest.raises(FileNotFoundError, match="a folder without adapter_config.json"):
+        sa.load(net, tmp_path)

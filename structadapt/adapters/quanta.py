@@ -214,7 +214,7 @@ def _cheapest(n: int, n_axes: int) -> Sizes:
 def _combinations(n: int, n_axes: int) -> Iterator[Sizes]:
     """Sizes of n_axes near the (n_axes + 1)-th root of n, in every combination."""
     root = n ** (1 / (n_axes + 1))
-    near = range(max(1, int(root * 0.7)), int(root * 1.3) + 2)
+    near = range(max(1, int(root * 0.4)), int(root * 1.4) + 2)
     return itertools.combinations_with_replacement(near, n_axes)
 
 

@@ -1,0 +1,95 @@
+"""Write a folder whole or not at all."""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def whole_folder(
+    path: str | os.PathLike[str], replaceable: Callable[[str], bool]
+) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `path` when the context is left.
+
+    `path` never holds a part of the new content: it is what it was, or absent for the moment of
+    the exchange, or the new folder. A folder at `path` may be replaced if it is empty or every
+    name in it is `replaceable`. When the body raises, nothing is left behind.
+
+    Raises FileExistsError for anything else at `path`, FileNotFoundError if its parent is missing.
+    """
+    target = Path(os.path.realpath(path))
+    refuse_foreign(target, replaceable)
+    new = _beside(target)
+    new.mkdir()
+    try:
+        yield new
+        for entry in [*new.rglob("*"), new]:
+            _sync(entry)
+        refuse_foreign(target, replaceable)
+        _take_place(new, target)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    _sync(target.parent)
+
+
+def refuse_foreign(path: str | os.PathLike[str], replaceable: Callable[[str], bool]) -> None:
+    """FileExistsError if `path` holds anything that `replaceable` does not name."""
+    path = Path(os.path.realpath(path))
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise FileExistsError(f"{path} is a file: give the name of a folder")
+    others = sorted(name for name in os.listdir(path) if not replaceable(name))
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise FileExistsError(
+            f"{path} also holds {', '.join(others[:3])}{more}, which a new export would delete: "
+            "give another folder, or move these away"
+        )
+
+
+def _beside(path: Path) -> Path:
+    """A name of this call's alone in the same file system."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
+def _take_place(new: Path, target: Path) -> None:
+    """Rename `new` to `target`. A folder there is moved aside first, and back if that fails."""
+    aside: list[Path] = []
+    try:
+        while True:
+            try:
+                os.rename(new, target)  # takes the place of nothing, or of an empty folder
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            aside.append(_beside(target))
+            with suppress(FileNotFoundError):  # another saver was faster
+                os.rename(target, aside[-1])
+    except BaseException:
+        if aside and aside[-1].exists() and not target.exists():
+            os.rename(aside[-1], target)
+        raise
+    finally:
+        for folder in aside:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file or the names in a folder."""
+    flags = os.O_RDWR
+    if path.is_dir():
+        if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
+            return
+        flags = os.O_RDONLY | os.O_DIRECTORY
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

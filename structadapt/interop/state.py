@@ -1,0 +1,47 @@
+"""The tensors of an adapted model as an export needs them: whole, finite, under plain names."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from structadapt.adapted import Adapted
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within torch.compile, DistributedDataParallel or a PeftModel of ours."""
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    base_model = getattr(model, "get_base_model", None)
+    if not (hasattr(model, "peft_config") and callable(base_model)):
+        return model
+    return cast(nn.Module, base_model())
+
+
+def plain_name(name: str) -> str:
+    """The name that a module or tensor had before torch.compile."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def refuse_sharded(layers: Mapping[str, Adapted]) -> None:
+    """ValueError for layers that are split over processes or have no values."""
+    for name, layer in layers.items():
+        for tensor in [layer.frozen_weight, *layer.tensors().values()]:
+            if hasattr(tensor, "device_mesh"):
+                raise ValueError(
+                    f"{name} is sharded: gather its tensors (full_tensor), load them into a whole "
+                    "model, and export that"
+                )
+            if tensor.is_meta:
+                raise ValueError(f"{name} is on the meta device: there is nothing to export")
+
+
+def finite_tensors(name: str, layer: Adapted) -> dict[str, Tensor]:
+    """The adapter's tensors by name, detached. ValueError if one is not finite."""
+    tensors = {key: tensor.detach() for key, tensor in layer.tensors().items()}
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}.{key} is not finite: not exported")
+    return tensors
