@@ -2,8 +2,7 @@
 
 Nothing but x is held for the backward: it runs the chain again, chunk by chunk, so what is alive in
 between is a few chunks and not N(N-1)/2 activations. Formulas and shapes are those of
-`reference.py`. A gate is one matrix product on its two axes moved to the end; the axes stay where
-they were moved until the next gate needs others.
+`reference.py`.
 
 With `minus_eye` the chain of identity gates E is taken off: with D = G - E formed in the dtype of
 the gates, t_k the input of gate k and d the sum of D_k t_k carried to the end,
@@ -11,10 +10,14 @@ the gates, t_k the input of gate k and d the sum of D_k t_k carried to the end,
     t_{k+1} = E_k t_k + D_k t_k,    T x - E x = d,
 
 and E_k crops or zero-pads. The backward is the same recursion with the gates transposed.
+
+A gate is one matrix product. Between gates an activation is (m, d1, ..., dN); for a gate that has
+the last axis it becomes (m, ..., b, last), for another (b, a, m, ..., last). So the last axis is
+never moved, and a permutation copies runs of it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,175 +26,219 @@ from torch import Tensor
 
 from structadapt.kernels import reference
 
-CHUNK_ELEMENTS = 2**18  # of one activation: a chunk's few activations stay in cache
-
-Order = tuple[int, ...]
+CHUNK_ELEMENTS = 2**20  # of one activation
+Sizes = tuple[int, ...]
+UNITS = {16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16}  # by size in bytes
 
 
 def quanta_forward(
-    y: Tensor, x: Tensor, gates: list[Tensor], frozen: list[Tensor], minus_eye: bool
-) -> None:
-    """y += T x for y (M, out), x (M, in); T x - E x with `minus_eye`, T x - T0 x with `frozen`."""
-    steps, twin = _steps(gates, x.dtype, minus_eye), _steps(frozen, x.dtype, False)
-    for rows in _chunks(x.shape[0], steps):
-        moved = _run(steps, x[rows], minus_eye)
+    x: Tensor, gates: list[Tensor], frozen: list[Tensor], out_features: int, minus_eye: bool
+) -> Tensor:
+    """T x (M, out) for x (M, in); T x - E x with `minus_eye`, T x - T0 x with `frozen`."""
+    chain, twin = _chain(gates, x.dtype, minus_eye), _chain(frozen, x.dtype, False)
+
+    def update(rows: slice) -> Tensor:
+        moved = _run(chain, x[rows], minus_eye)
         if twin:
             moved -= _run(twin, x[rows], False)
-        y[rows] += moved[:, : y.shape[1]]
+        return moved[:, :out_features]
+
+    return _by_chunks(update, x, chain, out_features)
 
 
 def quanta_backward(
-    dx: Tensor | None, dy: Tensor, x: Tensor, gates: list[Tensor], frozen: list[Tensor],
-    minus_eye: bool, need_gates: bool,
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of the gates, given x (M, in) and dy (M, out); dx (M, in) += that of x."""
-    steps, twin = _steps(gates, x.dtype, minus_eye), _steps(frozen, x.dtype, False)
+    dy: Tensor, x: Tensor, gates: list[Tensor], frozen: list[Tensor], minus_eye: bool,
+    need_gates: bool,
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
+    """Gradients of x and of the gates, given x (M, in) and dy (M, out)."""
+    chain, twin = _chain(gates, x.dtype, minus_eye), _chain(frozen, x.dtype, False)
     sums = [torch.zeros_like(gate).flatten(0, 1).flatten(1) for gate in gates]  # at least fp32
-    for rows in _chunks(x.shape[0], steps):
-        inputs: list[Tensor] = []
-        if need_gates:
-            _run(steps, x[rows], minus_eye, inputs)
-        moved = _run_back(steps, dy[rows], inputs, sums, minus_eye)
-        if dx is not None:
-            if twin:
-                moved = moved - _run_back(twin, dy[rows], [], [], False)
-            dx[rows] += moved[:, : x.shape[1]]
+
+    def update(rows: slice) -> Tensor:
+        inputs = _inputs(chain, x[rows], minus_eye) if need_gates else []
+        moved = _run_back(chain, dy[rows], inputs, sums, minus_eye)
+        if twin:
+            moved -= _run_back(twin, dy[rows], [], [], False)
+        return moved[:, : x.shape[1]]
+
+    dx = _by_chunks(update, x, chain, x.shape[1])
     if not need_gates:
-        return [None] * len(gates)
-    return [step.back(total) for step, total in zip(steps, sums, strict=True)]
+        return dx, [None] * len(gates)
+    return dx, [total.view(gate.shape) for gate, total in zip(gates, sums, strict=True)]
+
+
+def _by_chunks(
+    update: Callable[[slice], Tensor], x: Tensor, chain: list["_Gate"], width: int
+) -> Tensor:
+    """`update` of all rows, a chunk of them at a time."""
+    widest = max(max(math.prod(g.in_sizes), math.prod(g.out_sizes)) for g in chain)
+    size = max(16, CHUNK_ELEMENTS // widest)
+    if 0 < x.shape[0] <= size:
+        return update(slice(None)).contiguous()
+    whole = x.new_empty(x.shape[0], width)
+    for start in range(0, x.shape[0], size):
+        rows = slice(start, start + size)
+        whole[rows] = update(rows)
+    return whole
+
+
+# -- the gates -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One gate as a matrix on the last two axes of an activation in a certain order of axes."""
+class _Gate:
+    """One gate as a matrix, and where its axes are."""
 
-    matrix: Tensor  # (out pair, in pair)
-    order: Order  # the axes of the activation; the gate's pair comes last
-    in_sizes: Order  # in that order
-    out_sizes: Order
-    shape: Order  # of the gate
-    flipped: bool  # the pair's later axis comes first
+    matrix: Tensor  # (out_b out_a, in_b in_a)
+    b: int  # 1 + the earlier axis: its dimension in (m, d1, ..., dN)
+    a: int  # 1 + the later axis
+    in_sizes: Sizes  # (d1, ..., dN) before
+    out_sizes: Sizes  # and after
 
-    def back(self, matrix: Tensor) -> Tensor:
-        """A matrix like this step's in the shape of the gate."""
-        out_b, out_a, in_b, in_a = self.shape
-        if self.flipped:
-            return matrix.view(out_a, out_b, in_a, in_b).permute(1, 0, 3, 2)
-        return matrix.view(self.shape)
+    @property
+    def order(self) -> Sizes:
+        """The dimensions of (m, d1, ..., dN) in the order in which the product takes them."""
+        n = len(self.in_sizes)
+        rest = [d for d in range(n + 1) if d not in (self.a, self.b, n)]
+        if self.a == n:
+            return (*rest, self.b, n)
+        return (self.b, self.a, *rest, n)
+
+    @property
+    def left(self) -> bool:
+        """The gate's axes come first: the matrix is multiplied from the left."""
+        return self.a != len(self.in_sizes)
+
+    def apply(self, t: Tensor, transpose: bool = False, onto: Tensor | None = None) -> Tensor:
+        """The gate, or its transpose, on t, plus `onto`; all in the order of the product."""
+        matrix = self.matrix.T if transpose else self.matrix
+        sizes = (t.shape[self.order.index(0)], *(self.in_sizes if transpose else self.out_sizes))
+        flat = _rows if self.left else _pairs
+        factors = (matrix, flat(t)) if self.left else (flat(t), matrix.T)
+        out = torch.mm(*factors) if onto is None else torch.addmm(flat(onto), *factors)
+        return out.view([sizes[d] for d in self.order])
+
+    def outer(self, grad: Tensor, t: Tensor) -> Tensor:
+        """The gradient of the matrix, both arguments in the order of the product."""
+        if self.left:
+            return _rows(grad) @ _rows(t).T
+        return _pairs(grad).T @ _pairs(t)
+
+    def arrange(self, t: Tensor) -> Tensor:
+        """(m, d1, ..., dN) -> the order of the product."""
+        return _permute(t, self.order)
+
+    def restore(self, t: Tensor) -> Tensor:
+        """The inverse of `arrange`."""
+        return _permute(t, tuple(self.order.index(d) for d in range(len(self.order))))
 
 
-def _steps(gates: list[Tensor], dtype: torch.dtype, minus_eye: bool) -> list[_Step]:
+def _chain(gates: list[Tensor], dtype: torch.dtype, minus_eye: bool) -> list[_Gate]:
     if not gates:
         return []
-    sizes = list(reference.quanta_axes(gates))
-    order = tuple(range(len(sizes)))
-    steps = []
+    sizes = reference.quanta_axes(gates)
+    chain = []
     for gate, (b, a) in zip(gates, reference.quanta_pairs(len(sizes)), strict=True):
-        rest = tuple(axis for axis in order if axis not in (b, a))
-        pair = tuple(axis for axis in order if axis in (b, a))
-        order, flipped = rest + pair, pair != (b, a)
         matrix = gate - reference.eye_gate(gate) if minus_eye else gate
-        matrix = matrix.permute(1, 0, 3, 2) if flipped else matrix
+        after = list(sizes)
+        after[b], after[a] = gate.shape[0], gate.shape[1]
         matrix = matrix.flatten(2).flatten(0, 1).to(dtype)
-        in_sizes = tuple(sizes[axis] for axis in order)
-        sizes[b], sizes[a] = gate.shape[0], gate.shape[1]
-        out_sizes = tuple(sizes[axis] for axis in order)
-        steps.append(_Step(matrix, order, in_sizes, out_sizes, tuple(gate.shape), flipped))
-    return steps
+        chain.append(_Gate(matrix, b + 1, a + 1, sizes, tuple(after)))
+        sizes = tuple(after)
+    return chain
 
 
-def _chunks(rows: int, steps: list[_Step]) -> Iterator[slice]:
-    width = max(max(math.prod(s.in_sizes), math.prod(s.out_sizes)) for s in steps)
-    size = max(16, CHUNK_ELEMENTS // width)
-    return (slice(i, i + size) for i in range(0, rows, size))
+# -- the chain on one chunk ------------------------------------------------------------------------
 
 
-def _run(
-    steps: list[_Step], x: Tensor, minus_eye: bool, inputs: list[Tensor] | None = None
-) -> Tensor:
-    """The chain for x (m, in) -> (m, padded out); with `inputs`, only collect each gate's input."""
-    order = tuple(sorted(steps[0].order))
-    t = _unflatten(x, steps[0].in_sizes, steps[0].order)
+def _run(chain: list[_Gate], x: Tensor, minus_eye: bool) -> Tensor:
+    """(m, in) -> (m, product of the last sizes)."""
+    t = _unflatten(x, chain[0].in_sizes)
     total = None
-    for k, step in enumerate(steps):
-        t, order = _arrange(t, order, step.order), step.order
-        if inputs is not None:
-            inputs.append(t)
-            if k == len(steps) - 1:
-                break
-        moved = _matmul(t, step.matrix.T, step.out_sizes)
-        if minus_eye and inputs is None:
-            total = _accumulate(total, moved, order, steps[-1].out_sizes, steps[-1].order)
-        if minus_eye and k < len(steps) - 1:
-            _add(moved, t)
+    for k, gate in enumerate(chain):
+        moved = gate.restore(gate.apply(gate.arrange(t)))
+        if minus_eye:
+            total = moved if total is None else _plus(moved, total, total)
+            if k < len(chain) - 1:
+                moved = _plus(moved, t, None if moved is total else moved)
         t = moved
-    return _flatten(t, order) if total is None else total.flatten(1)
+    return (t if total is None else total).flatten(1)
+
+
+def _inputs(chain: list[_Gate], x: Tensor, minus_eye: bool) -> list[Tensor]:
+    """The input of every gate, in the order of its product."""
+    t = _unflatten(x, chain[0].in_sizes)
+    inputs = []
+    for gate in chain[:-1]:
+        inputs.append(gate.arrange(t))
+        square = minus_eye and gate.in_sizes == gate.out_sizes
+        moved = gate.restore(gate.apply(inputs[-1], onto=inputs[-1] if square else None))
+        t = _plus(moved, t, moved) if minus_eye and not square else moved
+    return [*inputs, chain[-1].arrange(t)]
 
 
 def _run_back(
-    steps: list[_Step], dy: Tensor, inputs: list[Tensor], sums: list[Tensor], minus_eye: bool
+    chain: list[_Gate], dy: Tensor, inputs: list[Tensor], sums: list[Tensor], minus_eye: bool
 ) -> Tensor:
-    """dx (m, padded in) for dy (m, out); the gates' gradients are added to `sums`."""
-    order = tuple(sorted(steps[0].order))
-    grad = _unflatten(dy, steps[-1].out_sizes, steps[-1].order)
+    """dx (m, product of the first sizes) for dy; the gates' gradients are added to `sums`."""
+    grad = _unflatten(dy, chain[-1].out_sizes)
     total = None
-    for k, step in reversed([*enumerate(steps)]):
-        grad, order = _arrange(grad, order, step.order), step.order
+    for k, gate in reversed([*enumerate(chain)]):
+        arranged = gate.arrange(grad)
         if inputs:
-            sums[k].add_(_pairs(grad).T @ _pairs(inputs[k]))
-        moved = _matmul(grad, step.matrix, step.in_sizes)
+            sums[k].add_(gate.outer(arranged, inputs[k]))
+        if k == 0 and total is not None and total.shape[1:] == gate.in_sizes:
+            return gate.apply(arranged, transpose=True, onto=total).flatten(1)
+        moved = gate.restore(gate.apply(arranged, transpose=True))
         if minus_eye:
-            total = _accumulate(total, moved, order, steps[0].in_sizes, steps[0].order)
+            total = moved if total is None else _plus(moved, total, total)
             if k:
-                _add(moved, grad)
+                moved = _plus(moved, grad, None if moved is total else moved)
         grad = moved
-    return _flatten(grad, order) if total is None else total.flatten(1)
+    return (grad if total is None else total).flatten(1)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(b, a, ...) -> (b a, ...)."""
+    return t.flatten(0, 1).flatten(1)
 
 
 def _pairs(t: Tensor) -> Tensor:
     """(m, ..., b, a) -> (m ..., b a)."""
-    return t.reshape(-1, t.shape[-2] * t.shape[-1])
+    return t.flatten(-2).flatten(0, -2)
 
 
-def _matmul(t: Tensor, matrix: Tensor, sizes: Order) -> Tensor:
-    return (_pairs(t) @ matrix).view(t.shape[0], *sizes)
-
-
-def _unflatten(x: Tensor, sizes: Order, order: Order) -> Tensor:
-    """(m, n) -> (m, d1, ..., dN), zeros behind x where the axes make more than n."""
+def _unflatten(x: Tensor, sizes: Sizes) -> Tensor:
+    """(m, n) -> (m, d1, ..., dN), zeros behind x where the sizes make more than n."""
     width = math.prod(sizes)
     if x.shape[1] < width:
         x = F.pad(x, (0, width - x.shape[1]))
-    return x.reshape(-1, *(size for _, size in sorted(zip(order, sizes, strict=True))))
+    return x.reshape(-1, *sizes)
 
 
-def _flatten(t: Tensor, order: Order) -> Tensor:
-    return _arrange(t, order, tuple(sorted(order))).reshape(t.shape[0], -1)
+def _permute(t: Tensor, order: Sizes) -> Tensor:
+    """t with its dimensions in another order, contiguous; the last one stays the last.
+
+    Copied in units of up to 16 bytes, one position within the last dimension at a time: a copy of
+    single bf16 numbers, or one whose inner loop has a few steps, takes several times as long.
+    """
+    if order == tuple(range(t.dim())):
+        return t
+    run = t.shape[-1] * t.element_size()
+    unit = next(size for size in UNITS if run % size == 0)
+    source = t.contiguous().view(UNITS[unit])
+    target = source.new_empty([source.shape[d] for d in order])
+    for i in range(run // unit):
+        target[..., i].copy_(source[..., i].permute(order[:-1]))
+    return target.view(t.dtype)
 
 
-def _arrange(t: Tensor, order: Order, wanted: Order) -> Tensor:
-    """t (m, axes in `order`) with its axes in the wanted order."""
-    return t.permute(0, *(1 + order.index(axis) for axis in wanted))
-
-
-def _add(into: Tensor, t: Tensor) -> None:
-    """into += E t: t cropped or zero-padded to the sizes of `into`."""
-    if into.shape != t.shape:
-        common = tuple(slice(min(pair)) for pair in zip(into.shape, t.shape, strict=True))
-        into, t = into[common], t[common]
-    into += t
-
-
-def _accumulate(
-    total: Tensor | None, moved: Tensor, order: Order, sizes: Order, sizes_order: Order
-) -> Tensor:
-    """total (m, axes in their own order) + E moved; a new total if there is none yet."""
-    own = tuple(sorted(order))
-    moved = _arrange(moved, order, own)
-    shape = (moved.shape[0], *(n for _, n in sorted(zip(sizes_order, sizes, strict=True))))
-    if total is None:
-        if moved.shape == shape:
-            return moved.clone(memory_format=torch.contiguous_format)
-        total = moved.new_zeros(shape)
-    _add(total, moved)
+def _plus(moved: Tensor, t: Tensor, into: Tensor | None) -> Tensor:
+    """moved + E t, with t cropped or zero-padded to the sizes of `moved`; written over `into`, one
+    of the two, where it has these sizes."""
+    if moved.shape == t.shape:
+        return torch.add(moved, t, out=into)
+    common = tuple(slice(min(pair)) for pair in zip(moved.shape, t.shape, strict=True))
+    total = moved if into is moved else moved.clone()
+    total[common] += t[common]
     return total

@@ -124,7 +124,7 @@ def quanta_gate(u: Tensor, gate: Tensor, early: int, late: int) -> Tensor:
 def quanta_apply(x: Tensor, gates: list[Tensor]) -> Tensor:
     """T x: all gates in order. x (..., d1 d2 ... dN) -> (..., d1' d2' ... dN')."""
     sizes = quanta_axes(gates)
-    u = x.reshape(x.shape[:-1].numel(), *sizes)
+    u = x.reshape(math.prod(x.shape[:-1]), *sizes)
     for gate, (early, late) in zip(gates, quanta_pairs(len(sizes)), strict=True):
         u = quanta_gate(u, gate, early, late)
     return u.reshape(*x.shape[:-1], u.shape[1:].numel())
@@ -156,7 +156,7 @@ def quanta_apply_minus_eye(x: Tensor, gates: list[Tensor]) -> Tensor:
     and identity gates give exactly zero.
     """
     sizes = quanta_axes(gates)
-    u = x.reshape(x.shape[:-1].numel(), *sizes)  # E x so far
+    u = x.reshape(math.prod(x.shape[:-1]), *sizes)  # E x so far
     difference = None  # T x - E x so far
     for gate, (early, late) in zip(gates, quanta_pairs(len(sizes)), strict=True):
         full = u if difference is None else u + difference

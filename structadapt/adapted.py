@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from structadapt.adapters.base import Adapter, generator_for
-from structadapt.ops import wide_dtype
+from structadapt.ops import observed, wide_dtype
 from structadapt.watched import state_of, watch
 
 Parameters = dict[str, Tensor]
@@ -86,7 +86,7 @@ class Adapted(nn.Module):
 
     def _derived(self, p: Parameters) -> Parameters:
         """What the adapter derives from W and p, worked out again only after a write to them."""
-        if type(self.adapter).derived is Adapter.derived or torch.compiler.is_compiling():
+        if type(self.adapter).derived is Adapter.derived or observed():
             return {}
         state = state_of([self.weight, *p.values()])
         if state is None:

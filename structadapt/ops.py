@@ -4,7 +4,8 @@ Adapters and GRPO call these names and never a kernel. An adapted linear layer h
 plain one of `kernels/reference.py`, where formulas, shapes and dtypes are written down, and a lean
 one with a hand-written backward that holds little (`kernels/lean.py`, `kernels/lean_quanta.py`).
 The lean one runs in eager mode on plain tensors; the plain one wherever something else looks at the
-operations: torch.compile, export, torch.func, a second derivative, tensor subclasses.
+operations: torch.compile, export, torch.func, a dispatch mode, a second derivative, tensor
+subclasses.
 """
 
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ __all__ = [
     "lora_weight",
     "low_rank",
     "no_autocast",
+    "observed",
     "quanta_axes",
     "quanta_linear",
     "quanta_pairs",
@@ -115,10 +117,18 @@ def _run(form: _Form, x: Tensor, W: Tensor, bias: Tensor | None, *tensors: Tenso
     return form.forward(x, W, bias, *tensors)[0]
 
 
+def observed() -> bool:
+    """Whether something else looks at the operations: a compiler, torch.func, a dispatch mode (as
+    in selective checkpointing, which counts them)."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def _may_be_lean(*tensors: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return not any(t.is_meta or _overridden(t) for t in tensors)
+    return not (observed() or any(t.is_meta or _overridden(t) for t in tensors))
 
 
 def _overridden(tensor: Tensor) -> bool:
@@ -145,7 +155,9 @@ class _Lean(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # a second derivative is wanted: `held` has no graph
             wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
-            y = ctx.form.plain(*tensors)
+            x, W, bias, *rest = tensors
+            bias = None if bias is None else bias.to(x.dtype)  # as autocast had them
+            y = ctx.form.plain(x, W.to(x.dtype), bias, *rest)
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
             return None, *(next(found) if need else None for need in needs)
         return None, *ctx.form.backward(dy, tensors, held, needs)
@@ -199,18 +211,19 @@ class _QuanTA:
         self, x: Tensor, W: Tensor, bias: Tensor | None, *chains: Tensor
     ) -> tuple[Tensor, ...]:
         gates, frozen = [*chains[: self.n_gates]], [*chains[self.n_gates :]]
-        y = F.linear(lean.flat(x), W.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        lean_quanta.quanta_forward(y, lean.flat(x), gates, frozen, self.minus_eye)
+        y = lean_quanta.quanta_forward(lean.flat(x), gates, frozen, W.shape[0], self.minus_eye)
+        if bias is not None:
+            y += bias.to(x.dtype)
+        y.addmm_(lean.flat(x), W.to(x.dtype).T)
         return (y.view(*x.shape[:-1], y.shape[-1]),)
 
     def backward(self, dy: Tensor, tensors: Any, held: Any, needs: Any) -> Any:
         x, W, _, *chains = tensors
         gates, frozen = chains[: self.n_gates], chains[self.n_gates :]
         X, dY = lean.flat(x), lean.flat(dy)
-        dx = dY @ W.to(dy.dtype) if needs[0] else None
-        dgates = lean_quanta.quanta_backward(
-            dx, dY, X, gates, frozen, self.minus_eye, any(needs[3:])
+        dx, dgates = lean_quanta.quanta_backward(
+            dY, X, gates, frozen, self.minus_eye, any(needs[3:])
         )
-        dx = None if dx is None else dx.view(x.shape)
+        dx = dx.addmm_(dY, W.to(dy.dtype)).view(x.shape) if needs[0] else None
         dW = (dY.T @ X).to(W.dtype) if needs[1] else None
         return dx, dW, dY.sum(0) if needs[2] else None, *dgates, *(None for _ in frozen)

@@ -69,6 +69,7 @@ def adapt(
     return model
 
 
+@torch.inference_mode(False)
 def attach(
     model: nn.Module, layers: dict[str, tuple[Adapter, dict[str, Tensor]]], seed: int = 0
 ) -> None:
@@ -88,6 +89,7 @@ def attach(
         layer.base_weight = layer.residual = None
         layer.tensor_names = tuple(tensors)
         for key, tensor in tensors.items():
+            tensor = tensor.clone() if tensor.is_inference() else tensor  # or it could not train
             if key.startswith("frozen_"):
                 layer.register_buffer(key, tensor)
             else:

@@ -2,11 +2,13 @@
 
 torch counts in-place writes in `_version`, except two kinds: writes through `.data`, and those of
 fused optimizers. A `Watched` parameter counts the first; a hook on every optimizer step counts the
-second. What still goes unseen is a write that bypasses torch altogether (a numpy view, a raw
-collective on the storage).
+second. What still goes unseen is a write that bypasses torch altogether (a numpy view, another
+process), or goes through an alias that `.data` gave before the parameter was watched.
 """
 
 from collections.abc import Iterable
+from functools import cached_property
+from itertools import count
 from typing import Any
 
 import torch
@@ -18,6 +20,11 @@ class Watched(nn.Parameter):
     """A parameter whose `.data` shares its version counter; assignments to `.data` are counted."""
 
     writes = 0
+
+    @cached_property
+    def serial(self) -> int:
+        """A number that no other parameter has; an id is used again once its owner is gone."""
+        return next(_serials)
 
     @property
     def data(self) -> Tensor:
@@ -33,6 +40,7 @@ class Watched(nn.Parameter):
         return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
 
 
+_serials = count()
 _optimizer_steps = 0
 _hooked = False
 
@@ -66,5 +74,5 @@ def state_of(tensors: Iterable[Tensor]) -> tuple[Any, ...] | None:
             return None
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        key += (id(tensor), tensor._version, tensor.writes, tensor.data_ptr())
+        key += (tensor.serial, tensor._version, tensor.writes, tensor.data_ptr())
     return tuple(key)
