@@ -17,6 +17,7 @@ from structadapt.kernels import reference
 
 Grads = tuple[Tensor | None, ...]
 CHUNK_ELEMENTS = 2**18  # of a norm's rows: a chunk stays in cache
+FEW = 8  # rows of x, as in decoding: casting and scaling B would cost more than multiplying by it
 
 
 def flat(x: Tensor) -> Tensor:
@@ -32,9 +33,14 @@ def lora_forward(
 ) -> tuple[Tensor, Tensor]:
     """(y, h) with h = x A^T and y = x W^T + bias + h (scale B)^T."""
     X = flat(x)
-    h = X @ A.to(x.dtype).T
     bias = None if bias is None else bias.to(x.dtype)
-    y = F.linear(X, W.to(x.dtype), bias).addmm_(h, (scale * B).to(x.dtype).T)
+    y = F.linear(X, W.to(x.dtype), bias)
+    if len(X) <= FEW:
+        h = X.to(A.dtype) @ A.T
+        y.add_(h @ B.T, alpha=scale)
+    else:
+        h = X @ A.to(x.dtype).T
+        y.addmm_(h, (scale * B).to(x.dtype).T)
     return y.view(*x.shape[:-1], y.shape[-1]), h
 
 
@@ -49,7 +55,7 @@ def lora_backward(
     dW = (dY.T @ X).to(W.dtype) if needs[1] else None
     dbias = dY.sum(0) if needs[2] else None
     dA = (dS.T @ X).to(A.dtype) if needs[3] else None
-    dB = (dY.T @ h).to(B.dtype).mul_(scale) if needs[4] else None
+    dB = (dY.T @ h.to(dY.dtype)).to(B.dtype).mul_(scale) if needs[4] else None
     return dx, dW, dbias, dA, dB
 
 

@@ -8,6 +8,7 @@ operations: torch.compile, export, torch.func, a dispatch mode, a second derivat
 subclasses.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -128,14 +129,14 @@ def observed() -> bool:
 
 
 def _may_be_lean(*tensors: Tensor) -> bool:
-    return not (observed() or any(t.is_meta or _overridden(t) for t in tensors))
+    return not (tensors[0].is_meta or observed() or any(_overridden(type(t)) for t in tensors))
 
 
-def _overridden(tensor: Tensor) -> bool:
+@functools.cache
+def _overridden(kind: type[Tensor]) -> bool:
     """Whether a subclass (sharded, quantised, fake) has operations of its own."""
-    return getattr(type(tensor), "__torch_dispatch__", None) is not getattr(
-        Tensor, "__torch_dispatch__", None
-    )
+    plain = getattr(Tensor, "__torch_dispatch__", None)
+    return getattr(kind, "__torch_dispatch__", None) is not plain
 
 
 class _Lean(torch.autograd.Function):

@@ -32,11 +32,17 @@ class DoRA(LoRA):
         return {**p, "m": self.derived(W, p)["norm"].clone()}
 
     def derived(self, W: Tensor, p: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The row norms of V."""
-        return {"norm": ops.dora_norm(W, p["A"], p["B"], self.scale)}
+        """The row norms of V, and m over them for when no gradient is wanted."""
+        norm = ops.dora_norm(W, p["A"], p["B"], self.scale)
+        if "m" not in p:
+            return {"norm": norm}
+        with torch.inference_mode(False), torch.no_grad():
+            return {"norm": norm, "gain": ops.dora_gain(p["m"], norm)}
 
     def gain(self, W: Callable[[], Tensor], p: dict[str, Tensor]) -> Tensor:
         """m / ||V||_row (out,)."""
+        if "gain" in p and not torch.is_grad_enabled():
+            return p["gain"]
         return ops.dora_gain(p["m"], p["norm"] if "norm" in p else self.derived(W(), p)["norm"])
 
     def weight(self, W: Tensor, p: dict[str, Tensor]) -> Tensor:
