@@ -22,6 +22,7 @@ class Adapted(nn.Module):
     """
 
     plain: ClassVar[type[nn.Module]]  # the class the layer had
+    is_quantised: ClassVar[bool] = False
 
     weight: Tensor
     bias: Tensor | None
@@ -183,8 +184,8 @@ class Adapted(nn.Module):
         """Load as the plain layer does. A checkpoint without any adapter is the base's: it loads,
         also when strict, and the adapter stays as it is, unless it was made for another W. One that
         was attached on the meta device starts then."""
-        adapters = {key.rsplit(".", 1)[-1] for key in state_dict} & {*self.tensor_names}
-        W = state_dict.get(f"{prefix}weight")
+        adapters = self._given(state_dict, prefix, self.tensor_names)
+        W = self._given(state_dict, prefix, ("weight",)).get("weight")
         if self.base_weight is not None:
             error_msgs.append(f"{prefix[:-1]} is merged: unmerge first, then load")
             return
@@ -203,8 +204,21 @@ class Adapted(nn.Module):
             if self.pending and W is not None and not self.weight.is_meta:
                 self.reset_parameters()
         else:
-            self.pending = any(t.is_meta for t in (self.weight, *self.tensors().values()))
+            is_meta = any(t.is_meta for t in (self.weight, *self.tensors().values()))
+            self.pending = is_meta or (self.pending and len(adapters) < len(self.tensor_names))
         self.watch()
+
+    def _given(
+        self, state_dict: dict[str, Any], prefix: str, names: tuple[str, ...]
+    ) -> dict[str, Tensor]:
+        """What a state dict has of these. While there are no values, the layer's own tensors do not
+        count: torch.distributed fills in with them what a checkpoint lacks."""
+        found = {name: state_dict.get(f"{prefix}{name}") for name in names}
+        return {
+            name: tensor
+            for name, tensor in found.items()
+            if tensor is not None and not (self.pending and tensor is getattr(self, name))
+        }
 
     def _is_base(self, W: Tensor) -> bool:
         return torch.equal(whole(W).to(whole(self.weight)), whole(self.weight))

@@ -52,8 +52,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters of `model`, and nothing of the base, to a safetensors file.
 
     Atomic: the file at `path` is the old one or the whole new one, whatever happens. The same
-    adapters give the same bytes. Raises ValueError if the model is not adapted or a tensor is not
-    finite, OSError if the file cannot be written.
+    adapters give the same bytes. A sharded model is saved whole: call it on every rank. Raises
+    ValueError if the model is not adapted or not finite, OSError if the file cannot be written.
     """
     layers = {_uncompiled(name): layer for name, layer in adapted_layers(model).items()}
     header = {
@@ -71,7 +71,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         },
     }
     tensors = {
-        f"{name}.{key}": tensor.detach().contiguous().cpu()
+        f"{name}.{key}": whole(tensor.detach()).contiguous().cpu()
         for name, layer in layers.items()
         for key, tensor in layer.tensors().items()
     }

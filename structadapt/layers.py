@@ -7,15 +7,18 @@ is that matrix:
     transformers' Conv1D W = weight^T
     nn.Embedding         W = weight^T: out is the embedding's width, in the vocabulary, x one-hot
     nn.Conv1d, nn.Conv2d W = weight.flatten(1): in is (in channels / groups) x kernel
+    a quantised linear   W = dequantize(layer)
 """
 
 import functools
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structadapt.adapted import Adapted, Parameters
+from structadapt.quantised import Dequantize, dequantize, is_quantised
 
 
 class AdaptedLinear(Adapted, nn.Linear):
@@ -92,6 +95,30 @@ class _TransposedLinear(Adapted):
         return F.linear(input, weight.T, bias)
 
 
+class _Quantised(Adapted):
+    """A linear layer with a quantised weight: it runs by itself, and the adapter goes on top."""
+
+    dequantize: Dequantize
+    is_quantised = True
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return self.dequantize(self).detach()
+
+    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return cast(Any, self.plain).forward(self, input)
+
+    def run_adapted(self, input: Tensor, bias: Tensor | None, p: Parameters) -> Tensor:
+        y = self.adapter.onto(self.run(input, self.weight, None), input, self.matrix, self.bias, p)
+        return y + p["delta_bias"].to(y.dtype) if "delta_bias" in p else y
+
+    def check_dtype(self, input: Tensor) -> None:
+        """Quantised layers cast their input."""
+
+    def _is_base(self, W: Tensor) -> bool:
+        both = (getattr(t, "dequantize", lambda t=t: t)() for t in (W, self.weight))
+        return torch.equal(*(t.detach().float() for t in both))
+
+
 KINDS: dict[type[nn.Module], type[Adapted]] = {
     cast(type[nn.Module], kind.plain): kind
     for kind in (AdaptedLinear, AdaptedEmbedding, AdaptedConv1d, AdaptedConv2d)
@@ -99,28 +126,42 @@ KINDS: dict[type[nn.Module], type[Adapted]] = {
 
 
 @functools.cache
-def adapted_class(plain: type[nn.Module]) -> type[Adapted] | None:
+def adapted_class(plain: type[nn.Module], quantised: bool = False) -> type[Adapted] | None:
     """The adapted form of a class of layers, or None.
 
-    A subclass with its own forward has none: it may never call the adapter.
+    A subclass with its own forward has none, unless it is a quantised one: it may never call the
+    adapter.
     """
+    own: dict[str, Any] = {"plain": plain, "__reduce_ex__": _reduce}
+    if quantised:
+        return type(f"AdaptedQuantised{plain.__name__}", (_Quantised, plain), own)
     if plain in KINDS:
         return KINDS[plain]
     if (plain.__module__, plain.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        own = {"plain": plain, "__reduce_ex__": _reduce}
         return type("AdaptedConv1D", (_TransposedLinear, plain), own)
     return None
 
 
+def kind_of(layer: nn.Module, hook: Dequantize | None = None) -> type[Adapted] | None:
+    """The adapted form of one layer, or None. With a hook that dequantises, that of any subclass of
+    nn.Linear."""
+    if isinstance(layer, Adapted):
+        return type(layer)
+    foreign = isinstance(layer, nn.Linear) and type(layer) is not nn.Linear
+    quantised = is_quantised(layer) or (hook is not None and foreign)
+    return adapted_class(type(layer), quantised)
+
+
 def _reduce(layer: Adapted, protocol: Any) -> Any:
     """How a layer is pickled whose class was made here and has no name to be found by."""
-    if type(layer) is not adapted_class(layer.plain):
+    quantised = isinstance(layer, _Quantised)
+    if type(layer) is not adapted_class(layer.plain, quantised):
         return nn.Module.__reduce_ex__(layer, protocol)
-    return _blank, (layer.plain,), layer.__getstate__()
+    return _blank, (layer.plain, quantised), layer.__getstate__()
 
 
-def _blank(plain: type[nn.Module]) -> Adapted:
-    kind = adapted_class(plain)
+def _blank(plain: type[nn.Module], quantised: bool) -> Adapted:
+    kind = adapted_class(plain, quantised)
     assert kind is not None
     return kind.__new__(kind)
 
@@ -140,19 +181,20 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     return weight.shape[1], weight.shape[0]
 
 
-def matrix_of(layer: nn.Module) -> Tensor:
-    """W (out, in) of a layer that carries or can carry an adapter; a view, without a gradient."""
+def matrix_of(layer: nn.Module, hook: Dequantize | None = None) -> Tensor:
+    """W (out, in) of a layer that carries or can carry an adapter, without a gradient."""
     if isinstance(layer, Adapted):
         return layer.matrix()
-    kind = adapted_class(type(layer))
+    kind = kind_of(layer, hook)
     assert kind is not None
+    if issubclass(kind, _Quantised):
+        return (hook or dequantize)(layer).detach()
     return kind.as_matrix(cast(Any, layer), cast(Tensor, layer.weight).detach())
 
 
-def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+def adaptable_layers(model: nn.Module, hook: Dequantize | None = None) -> dict[str, nn.Module]:
     """The layers that can carry an adapter, by name, adapted or not."""
-    modules = model.named_modules()
-    return {n: m for n, m in modules if isinstance(m, Adapted) or adapted_class(type(m))}
+    return {name: m for name, m in model.named_modules() if kind_of(m, hook)}
 
 
 def find_adapted(model: nn.Module) -> dict[str, Adapted]:

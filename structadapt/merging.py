@@ -67,9 +67,9 @@ def merge(
     force: merge without a warning however little survives.
 
     Warns below 99 % and refuses below 50 %, unless `force` or `residual`. Raises RuntimeError if
-    the model is merged already or sharded; ValueError if a weight is shared with another module,
-    which would change with it, if W' is not finite, or if too little survives. Nothing is changed
-    then.
+    the model is merged already, sharded or quantised; ValueError if a weight is shared with another
+    module, which would change with it, if W' is not finite, or if too little survives. Nothing is
+    changed then.
     """
     layers = adapted_layers(model)
     _refuse(model, layers)
@@ -161,6 +161,10 @@ def _refuse(model: nn.Module, layers: dict[str, Adapted]) -> None:
     for name, layer in layers.items():
         if layer.base_weight is not None:
             raise RuntimeError(f"{name} is merged already; unmerge first")
+        if layer.is_quantised:
+            raise RuntimeError(
+                f"{name} has a quantised weight, which cannot hold a merged one: run it unmerged"
+            )
         if hasattr(layer.weight, "device_mesh"):
             raise RuntimeError(f"{name} is sharded: merge before sharding, or unshard the model")
     owners = {id(layer.weight): name for name, layer in layers.items()}

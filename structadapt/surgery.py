@@ -12,18 +12,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from structadapt import quantised
 from structadapt.adapted import Adapted
 from structadapt.adapters.base import Adapter, generator_for
 from structadapt.layers import (
     AdaptedLinear,
     adaptable_layers,
-    adapted_class,
     adapted_layers,
     find_adapted,
+    kind_of,
     matrix_of,
     matrix_shape,
 )
 from structadapt.planning import Plan, layer_plan
+from structadapt.quantised import Dequantize
 from structadapt.targets import Pattern, Target, select
 
 Overrides = Mapping[Pattern, Mapping[str, Any]]
@@ -38,6 +40,7 @@ def adapt(
     exclude: Target = (),
     *,
     overrides: Overrides | None = None,
+    dequantize: Dequantize | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Adapt the layers of `model` that `target` names, in place; returns the model.
@@ -55,23 +58,29 @@ def adapt(
     overrides: pattern -> fields of the adapter that are other on the layers it matches, as in
         {"down_proj": {"rank": 32}}. Of several that match a layer, the first counts.
 
+    dequantize: (module) -> W (out, in) for quantised linear layers of a kind that is not known
+        here (torchao's and bitsandbytes' are): any subclass of nn.Linear can then be adapted.
+
     Raises TypeError if `adapter` is not an adapter or has no such field; ValueError if a pattern
     matches no layer (near names are shown), a layer is adapted already or does not suit the
     adapter; RuntimeError for a model that is compiled, sharded, merged or built under inference
     mode: adapt, then compile, then shard.
     """
-    chosen = _choose(model, adapter, target, exclude, overrides)
+    chosen = _choose(model, adapter, target, exclude, overrides, dequantize)
     fresh = {}
     for name, (layer, own) in chosen.items():
         with torch.no_grad(), _naming(name):
-            fresh[name] = (own, own.init(matrix_of(layer), generator_for(seed, name)))
-    attach(model, fresh, seed)
+            fresh[name] = (own, own.init(matrix_of(layer, dequantize), generator_for(seed, name)))
+    attach(model, fresh, seed, dequantize)
     return model
 
 
 @torch.inference_mode(False)
 def attach(
-    model: nn.Module, layers: dict[str, tuple[Adapter, dict[str, Tensor]]], seed: int = 0
+    model: nn.Module,
+    layers: dict[str, tuple[Adapter, dict[str, Tensor]]],
+    seed: int = 0,
+    dequantize: Dequantize | None = None,
 ) -> None:
     """Give the named layers their adapters and tensors, and freeze all the rest.
 
@@ -83,8 +92,10 @@ def attach(
                 raise ValueError(f"{name} has an attribute {key} already: rename it, or exclude")
     for name, (adapter, tensors) in layers.items():
         layer = model.get_submodule(name)
-        layer.__class__ = adapted_class(type(layer))  # type: ignore[assignment]
+        layer.__class__ = kind_of(layer, dequantize)  # type: ignore[assignment]
         assert isinstance(layer, Adapted)
+        if layer.is_quantised:
+            layer.__dict__["dequantize"] = dequantize or quantised.dequantize
         layer.adapter, layer.enabled, layer.origin = adapter, True, (seed, name)
         layer.base_weight = layer.residual = None
         layer.tensor_names = tuple(tensors)
@@ -118,13 +129,14 @@ def _choose(
     target: Target,
     exclude: Target,
     overrides: Overrides | None,
+    dequantize: Dequantize | None = None,
 ) -> dict[str, tuple[nn.Module, Adapter]]:
     """The layers to adapt and the adapter of each, checked; nothing is changed."""
     if not isinstance(adapter, Adapter):
         known = ", ".join(f"{name}()" for name in Adapter.registry)
         raise TypeError(f"adapter must be one of {known}, got {adapter!r}")
     refuse_wrong_order(model)
-    layers = adaptable_layers(model)
+    layers = adaptable_layers(model, dequantize)
     left_out = select(model, layers, exclude, "exclude")
     chosen = select(model, layers, target, "target")
     chosen = {name: layer for name, layer in chosen.items() if name not in left_out}
@@ -135,7 +147,7 @@ def _choose(
         changed = _changed(adapter, pattern, fields)
         own.update(dict.fromkeys(select(model, chosen, pattern, "overrides"), changed))
     for name, layer in chosen.items():
-        _refuse_layer(name, layer)
+        _refuse_layer(name, layer, kind_of(layer, dequantize))
         with _naming(name):
             own[name] = own[name].resolved(*matrix_shape(layer))
     return {name: (layer, own[name]) for name, layer in chosen.items()}
@@ -153,7 +165,7 @@ def _changed(adapter: Adapter, pattern: Pattern, fields: Mapping[str, Any]) -> A
     return type(adapter)(**{**config, **fields})
 
 
-def _refuse_layer(name: str, layer: nn.Module) -> None:
+def _refuse_layer(name: str, layer: nn.Module, kind: type[Adapted] | None) -> None:
     """ValueError or RuntimeError for a layer that cannot carry an adapter, with the reason."""
     if isinstance(layer, Adapted):
         raise ValueError(f"{name} is adapted already, with {layer.adapter}; exclude it")
@@ -165,7 +177,7 @@ def _refuse_layer(name: str, layer: nn.Module) -> None:
         )
     if not weight.numel():
         raise ValueError(f"{name}: its weight is empty, {tuple(weight.shape)}")
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() and not (kind and kind.is_quantised):
         raise ValueError(f"{name}: cannot adapt a weight of dtype {weight.dtype}")
     if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.scale_grad_by_freq):
         raise ValueError(
@@ -180,15 +192,23 @@ def _refuse_layer(name: str, layer: nn.Module) -> None:
 
 
 def refuse_wrong_order(model: nn.Module) -> None:
-    """RuntimeError for a model that is compiled, sharded or merged."""
+    """RuntimeError for a model that is compiled, wrapped for DDP, sharded or merged."""
     for name, module in model.named_modules():
         label = name or type(module).__name__
         if getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod"):
             raise RuntimeError(f"{label} is compiled: adapt first, then compile, then shard")
-        if any(hasattr(p, "device_mesh") for p in module.parameters(recurse=False)):
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise RuntimeError(f"{label} is DistributedDataParallel: adapt first, then wrap")
+        if _is_sharded(module):
             raise RuntimeError(f"{label} is sharded: adapt first, then compile, then shard")
         if isinstance(module, Adapted) and module.base_weight is not None:
             raise RuntimeError(f"{label} is merged: unmerge first")
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Also where a forward has left FSDP2's parameters whole."""
+    by_class = any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+    return by_class or any(hasattr(p, "device_mesh") for p in module.parameters(recurse=False))
 
 
 @contextmanager

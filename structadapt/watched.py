@@ -2,8 +2,9 @@
 
 torch counts in-place writes in `_version`, except two kinds: writes through `.data`, and those of
 fused optimizers. A `Watched` parameter counts the first; a hook on every optimizer step counts the
-second. What still goes unseen is a write that bypasses torch altogether (a numpy view, another
-process), or goes through an alias that `.data` gave before the parameter was watched.
+second. What still goes unseen is a write that bypasses torch altogether (a numpy view, a raw
+collective, another process) or goes through an alias that `.data` gave before the parameter was
+watched. After one, `watch()` of the layer forgets what it kept.
 """
 
 from collections.abc import Iterable

@@ -22,9 +22,10 @@ MAY_IMPORT = {
     "planning": {"adapted", "adapters", "layers", "ops"},
     "watched": set(),
     "adapted": {"adapters", "ops", "watched"},
-    "layers": {"adapted"},
+    "quantised": set(),
+    "layers": {"adapted", "quantised"},
     "merging": {"adapted", "layers", "ops"},
-    "surgery": {"adapted", "adapters", "layers", "planning", "targets"},
+    "surgery": {"adapted", "adapters", "layers", "quantised", "planning", "targets"},
     "checkpoint": {"adapted", "adapters", "layers", "ops", "surgery", "targets"},
     "interop": {
         "adapted",
@@ -53,7 +54,7 @@ MAY_IMPORT = {
     },
 }
 CORE = {"torch", "safetensors", "einops", "numpy", "structadapt"}
-OPTIONAL = {"matplotlib", "tqdm", "pandas", "triton", "transformers", "peft", "trl"}
+OPTIONAL = {"matplotlib", "tqdm", "pandas", "triton", "transformers", "peft", "trl", "bitsandbytes"}
 
 
 def sources():
