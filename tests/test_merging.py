@@ -1,0 +1,117 @@
+"""Merges that say what they lose, and give the base back bit for bit."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import structadapt as sa
+
+
+def adapted(dtype, size, adapter=None, seed=0):
+    """One layer whose update has a given size relative to its weight."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(256, 256, bias=False, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.copy_(0.02 * torch.randn(256, 256, generator=generator))
+    model = sa.adapt(nn.Sequential(layer), adapter or sa.LoRA(rank=8), "0")
+    with torch.no_grad():
+        if isinstance(layer.adapter, sa.DoRA):
+            layer.m.mul_(1 + size)
+        else:
+            layer.B.normal_(generator=generator)
+            layer.B.mul_(size * layer.weight.float().norm() / layer.delta_weight().norm())
+    return model
+
+
+@pytest.mark.parametrize("size, kept", [(1e-4, 0.06), (1e-3, 0.53), (1e-2, 1.0)])
+def test_the_share_of_an_update_that_bf16_keeps(size, kept):
+    model = adapted(torch.bfloat16, size)
+    report = sa.merge(model, report=True, force=True)
+    (row,) = report.layers
+    assert row.name == "0" and row.dtype == torch.bfloat16
+    assert math.isclose(row.relative_update, size, rel_tol=0.01)
+    assert abs(row.survives - kept) < 0.05 and report.survives == row.survives
+    assert "survives" in str(report) and f"{row.survives:.1%}" in str(report)
+    # by hand, from what the layer holds
+    W, update = model[0].base_weight.double(), model[0].delta_weight().double()
+    by_hand = ((model[0].weight.double() - W) * update).sum() / update.square().sum()
+    assert math.isclose(row.survives, by_hand, rel_tol=1e-3)
+
+
+def test_a_small_magnitude_change_is_lost_altogether_in_bf16():
+    model = adapted(torch.bfloat16, 1e-3, sa.DoRA(rank=2))
+    assert sa.merge(model, report=True, force=True).survives == 0
+    assert torch.equal(model[0].weight, model[0].base_weight)
+
+
+def test_fp32_keeps_updates_and_says_so():
+    for size in (1e-6, 1e-3):
+        model = adapted(torch.float32, size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert sa.merge(model, report=True).survives > 0.99
+    model = adapted(torch.float32, 1e-9)
+    with pytest.raises(ValueError, match="survives rounding to torch.float32"):
+        sa.merge(model, report=True)
+
+
+@pytest.mark.parametrize("merge", [sa.merge, lambda model: sa.merged(model).__enter__()])
+def test_it_warns_below_99_percent_and_refuses_below_50(merge):
+    with pytest.warns(UserWarning, match=r"0: 5\d% of its update of relative size 1.0e-03 surv"):
+        merge(adapted(torch.bfloat16, 1e-3))
+    model = adapted(torch.bfloat16, 1e-4)
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match=r"0: \d% of its update .*; nothing was merged: run it un"):
+        merge(model)
+    assert torch.equal(model[0].weight, before) and model[0].base_weight is None
+
+
+def test_no_update_is_no_loss():
+    model = adapted(torch.bfloat16, 0.0)
+    assert sa.merge(model, report=True).survives == 1
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv"])
+def test_a_kept_residual_loses_next_to_nothing(kind):
+    torch.manual_seed(0)
+    layer, x = {
+        "linear": (nn.Linear(64, 64), torch.randn(8, 64)),
+        "embedding": (nn.Embedding(64, 64), torch.arange(64)),
+        "conv": (nn.Conv2d(16, 64, 2), torch.randn(2, 16, 5, 5)),
+    }[kind]
+    x = x if kind == "embedding" else x.bfloat16()
+    model = sa.adapt(nn.Sequential(layer.bfloat16()), sa.LoRA(rank=8), "0")
+    with torch.no_grad():
+        layer.B.normal_()
+        layer.B.mul_(1e-3 * layer.weight.float().norm() / layer.delta_weight().norm())
+    wanted = layer.adapted_weight()
+    with sa.merged(model, force=True):
+        lost = (layer.weight.float() - wanted).norm()
+    before = layer.weight.clone()
+    with sa.merged(model, residual=True):
+        kept = layer.weight.float() + layer.residual.float()
+        assert (kept - wanted).norm() < lost / 100
+        expected = layer.run(x, layer.weight, layer.bias) + layer.run(x, layer.residual, None)
+        assert torch.equal(model(x), expected)
+    assert torch.equal(layer.weight, before) and layer.residual is None
+
+
+@pytest.mark.parametrize("kind", [sa.LoRA, sa.DoRA, sa.QuanTA])
+def test_a_thousand_merges_of_fresh_updates_leave_a_bf16_base_alone(net, ids, kind):
+    sa.adapt(net.bfloat16(), kind())
+    base = {n: p.clone() for n, p in net.named_parameters() if not p.requires_grad}
+    with sa.disabled(net):
+        expected = net(ids)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(1000):
+        with torch.no_grad():
+            for p in sa.adapter_parameters(net):
+                p.add_(10.0 ** -(2 + i % 4) * torch.randn(p.shape, generator=generator))
+        sa.merge(net, force=True)
+        sa.unmerge(net)
+    assert all(torch.equal(p, base[n]) for n, p in net.named_parameters() if n in base)
+    with sa.disabled(net):
+        assert torch.equal(net(ids), expected)
