@@ -25,6 +25,13 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def shaped(y: Tensor, x: Tensor) -> Tensor:
+    """(M, n) -> (..., n) as x has it. No view to autograd, which would forbid writes into it."""
+    if x.dim() == 2:
+        return y
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
+
+
 # -- LoRA ------------------------------------------------------------------------------------------
 
 
@@ -41,7 +48,7 @@ def lora_forward(
     else:
         h = X @ A.to(x.dtype).T
         y.addmm_(h, (scale * B).to(x.dtype).T)
-    return y.view(*x.shape[:-1], y.shape[-1]), h
+    return shaped(y, x), h
 
 
 def lora_backward(
