@@ -92,6 +92,7 @@ class Adapted(nn.Module):
         state = state_of([self.weight, *p.values()])
         if state is None:
             return self.adapter.derived(self.matrix(), p)
+        state = (self.adapter, *state)
         kept_state, derived = self._kept
         if kept_state != state:
             derived = self.adapter.derived(self.matrix(), p)
@@ -140,19 +141,10 @@ class Adapted(nn.Module):
         fresh = self.adapter.init(whole(self.matrix()), generator_for(*self.origin))
         for name, tensor in self.tensors().items():
             value = fresh[name] if name in fresh else torch.zeros(tensor.shape)
+            value = sharded_as(tensor, value.to(self.weight.device))
             if tensor.is_meta:
-                value = value.to(self.weight.device)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 setattr(self, name, nn.Parameter(value) if is_parameter else value)
-            elif hasattr(tensor, "device_mesh"):
-                from torch.distributed.tensor import distribute_tensor
-
-                sharded = cast(Any, tensor)
-                tensor.copy_(
-                    distribute_tensor(
-                        value.to(tensor.device), sharded.device_mesh, sharded.placements
-                    )
-                )
             else:
                 tensor.copy_(value)
         self.pending = self.weight.is_meta
@@ -175,6 +167,9 @@ class Adapted(nn.Module):
         for name, tensor in self.tensors().items():
             if tensor.dtype != wide:
                 tensor.data = before[name].to(tensor.device, wide)
+            if before[name].is_meta and not tensor.is_meta:
+                with torch.no_grad():
+                    tensor.fill_(float("nan"))  # no value yet, and seen to be none
         return self
 
     def _load_from_state_dict(
@@ -184,8 +179,8 @@ class Adapted(nn.Module):
         """Load as the plain layer does. A checkpoint without any adapter is the base's: it loads,
         also when strict, and the adapter stays as it is, unless it was made for another W. One that
         was attached on the meta device starts then."""
-        adapters = self._given(state_dict, prefix, self.tensor_names)
-        W = self._given(state_dict, prefix, ("weight",)).get("weight")
+        adapters = self._given(state_dict, prefix)
+        W = state_dict.get(f"{prefix}weight")
         if self.base_weight is not None:
             error_msgs.append(f"{prefix[:-1]} is merged: unmerge first, then load")
             return
@@ -208,17 +203,17 @@ class Adapted(nn.Module):
             self.pending = is_meta or (self.pending and len(adapters) < len(self.tensor_names))
         self.watch()
 
-    def _given(
-        self, state_dict: dict[str, Any], prefix: str, names: tuple[str, ...]
-    ) -> dict[str, Tensor]:
-        """What a state dict has of these. While there are no values, the layer's own tensors do not
-        count: torch.distributed fills in with them what a checkpoint lacks."""
-        found = {name: state_dict.get(f"{prefix}{name}") for name in names}
-        return {
-            name: tensor
-            for name, tensor in found.items()
-            if tensor is not None and not (self.pending and tensor is getattr(self, name))
-        }
+    def _given(self, state_dict: dict[str, Any], prefix: str) -> set[str]:
+        """What a state dict brings of the adapter. torch.distributed fills in what a checkpoint
+        lacks with the layer's own tensors, or gives these with the first values written in."""
+
+        def is_given(name: str, tensor: Tensor) -> bool:
+            if tensor is not getattr(self, name):
+                return True
+            return self.pending and not (tensor.is_meta or whole(tensor).isnan().any())
+
+        names = [name for name in self.tensor_names if f"{prefix}{name}" in state_dict]
+        return {name for name in names if is_given(name, state_dict[f"{prefix}{name}"])}
 
     def _is_base(self, W: Tensor) -> bool:
         return torch.equal(whole(W).to(whole(self.weight)), whole(self.weight))
@@ -234,3 +229,12 @@ class Adapted(nn.Module):
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor's full value; any other as it is."""
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def sharded_as(tensor: Tensor, value: Tensor) -> Tensor:
+    """A full value, sharded if the tensor is."""
+    if not hasattr(tensor, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, cast(Any, tensor).device_mesh, cast(Any, tensor).placements)

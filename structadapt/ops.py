@@ -216,7 +216,7 @@ class _QuanTA:
         if bias is not None:
             y += bias.to(x.dtype)
         y.addmm_(lean.flat(x), W.to(x.dtype).T)
-        return (y.view(*x.shape[:-1], y.shape[-1]),)
+        return (lean.shaped(y, x),)
 
     def backward(self, dy: Tensor, tensors: Any, held: Any, needs: Any) -> Any:
         x, W, _, *chains = tensors
