@@ -92,7 +92,9 @@ def layer_plan(name: str, adapter: Adapter, layer: nn.Module) -> LayerPlan:
     tensors = layer.tensors() if isinstance(layer, Adapted) else _tensors(adapter, *shape)
     trained = sum(t.numel() for key, t in tensors.items() if not key.startswith("frozen_"))
     fixed = sum(t.numel() for t in tensors.values()) - trained
-    held = adapter.held(out_features, in_features) if kind == "linear" or embedding else 0
+    held = adapter.held(out_features, in_features) * weight.dtype.itemsize
+    if kind != "linear":
+        held = _held_by_lookup(adapter, *shape, weight.dtype) if embedding else 0
     return LayerPlan(
         name=name,
         shape=shape,
@@ -100,7 +102,7 @@ def layer_plan(name: str, adapter: Adapter, layer: nn.Module) -> LayerPlan:
         parameters=trained,
         flops=_flops(adapter, *shape, embedding) if kind == "linear" or embedding else 0,
         training_bytes=wide_dtype(weight.dtype).itemsize * (4 * trained + fixed),
-        held_bytes=held * weight.dtype.itemsize,
+        held_bytes=held,
         tensors={key: tuple(t.shape) for key, t in tensors.items()},
     )
 
@@ -129,3 +131,30 @@ def _flops(adapter: Adapter, out_features: int, in_features: int, embedding: boo
 
     frozen = 0 if embedding else 2 * out_features * in_features
     return flops(2) - flops(1) - frozen
+
+
+@lru_cache(maxsize=4096)
+def _held_by_lookup(
+    adapter: Adapter, out_features: int, in_features: int, dtype: torch.dtype
+) -> int:
+    """The bytes that an adapted embedding keeps for every token, from what autograd is given."""
+    W = torch.empty(out_features, in_features, dtype=dtype, device="meta")
+    p = {key: t.detach().requires_grad_() for key, t in adapter.init(W).items()}
+
+    def held(tokens: int) -> int:
+        y = torch.empty(tokens, out_features, dtype=dtype, device="meta")
+        ids = torch.empty(tokens, dtype=torch.int64, device="meta")
+        own = {t.untyped_storage()._cdata for t in (W, ids, *p.values())}
+        kept: dict[int, int] = {}
+
+        def keep(t: Tensor) -> Tensor:
+            if (storage := t.untyped_storage())._cdata not in own:
+                kept[storage._cdata] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            output = adapter.lookup(y, ids, W, p, None)
+        del output
+        return sum(kept.values())
+
+    return held(2) - held(1)

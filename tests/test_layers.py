@@ -114,6 +114,26 @@ def test_plan_and_spectra(kind, adapter, train_a_little):
     assert row["shape"] == shape and row["frobenius_norm"] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_plan_of_an_embedding_says_what_its_backward_holds(adapter, dtype):
+    model = adapt(nn.Embedding(24, 36).to(dtype), adapter)
+
+    def held(tokens):
+        ids, sizes = torch.zeros(tokens, dtype=torch.int64), {}
+
+        def pack(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(ids)
+        for tensor in (ids, *model.parameters(), *model.buffers()):
+            sizes.pop(tensor.untyped_storage().data_ptr(), None)
+        return sum(sizes.values())
+
+    assert held(128) - held(64) == 64 * sa.summary(model).held_bytes
+
+
 def test_all_linear_takes_linear_layers_alone():
     model = nn.ModuleDict({str(i): make() for i, make in enumerate(KINDS.values())})
     assert adaptable_layers(model).keys() == set(map(str, range(len(KINDS))))
