@@ -17,7 +17,7 @@ from structadapt.kernels import reference
 
 Grads = tuple[Tensor | None, ...]
 CHUNK_ELEMENTS = 2**18  # of a norm's rows: a chunk stays in cache
-FEW = 8  # rows of x, as in decoding: casting and scaling B would cost more than multiplying by it
+FEW = 8  # rows of x, as in decoding: casting A and B would cost more than multiplying by them
 
 
 def flat(x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def lora_forward(
         y.add_(h @ B.T, alpha=scale)
     else:
         h = X @ A.to(x.dtype).T
-        y.addmm_(h, (scale * B).to(x.dtype).T)
+        y.addmm_(h, B.to(x.dtype).T, alpha=scale)
     return shaped(y, x), h
 
 
@@ -55,11 +55,13 @@ def lora_backward(
 ) -> Grads:  # fmt: skip
     """Gradients of (x, W, bias, A, B)."""
     dY, X = flat(dy), flat(x)
-    dS = dY @ (scale * B).to(dy.dtype)  # (M, r)
-    dx = (dY @ W.to(dy.dtype)).addmm_(dS, A.to(dy.dtype)).view(x.shape) if needs[0] else None
+    dS = dY @ B.to(dy.dtype)  # (M, r), scaled where it is used: here fp16 could overflow
+    dx = None
+    if needs[0]:
+        dx = (dY @ W.to(dy.dtype)).addmm_(dS, A.to(dy.dtype), alpha=scale).view(x.shape)
     dW = (dY.T @ X).to(W.dtype) if needs[1] else None
     dbias = dY.sum(0) if needs[2] else None
-    dA = (dS.T @ X).to(A.dtype) if needs[3] else None
+    dA = (dS.T @ X).to(A.dtype).mul_(scale) if needs[3] else None
     dB = (dY.T @ h.to(dY.dtype)).to(B.dtype).mul_(scale) if needs[4] else None
     return dx, dW, dbias, dA, dB
 
@@ -97,6 +99,10 @@ def dora_forward(
 
     g = 1 and B = 0 give F.linear(x, W, bias) bit for bit.
     """
+    if bias is None and x.shape[:-1].numel() <= FEW:
+        frozen, h = F.linear(flat(x), W.to(x.dtype)), flat(x).to(A.dtype) @ A.T
+        v = torch.add(frozen, h @ B.T, alpha=scale)  # at least fp32
+        return shaped((v * g).to(x.dtype), x), h, v
     y, h = lora_forward(x, W, bias, A, B, scale)
     if bias is None:
         return _times(y, g), h, y

@@ -19,12 +19,14 @@ never moved, and a permutation copies runs of it.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from structadapt.kernels import reference
+from structadapt.kernels.lean import FEW
 
 CHUNK_ELEMENTS = 2**20  # of one activation
 Sizes = tuple[int, ...]
@@ -34,7 +36,12 @@ UNITS = {16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16}  
 def quanta_forward(
     x: Tensor, gates: list[Tensor], frozen: list[Tensor], out_features: int, minus_eye: bool
 ) -> Tensor:
-    """T x (M, out) for x (M, in); T x - E x with `minus_eye`, T x - T0 x with `frozen`."""
+    """T x (M, out) for x (M, in); T x - E x with `minus_eye`, T x - T0 x with `frozen`.
+
+    For a few rows in the dtype of the gates: casting them would cost more than applying them.
+    """
+    if minus_eye and x.shape[0] <= FEW:
+        return _few_minus_eye(x.to(gates[0].dtype), gates, out_features)
     chain, twin = _chain(gates, x.dtype, minus_eye), _chain(frozen, x.dtype, False)
 
     def update(rows: slice) -> Tensor:
@@ -44,6 +51,16 @@ def quanta_forward(
         return moved[:, :out_features]
 
     return _by_chunks(update, x, chain, out_features)
+
+
+def _few_minus_eye(x: Tensor, gates: list[Tensor], out_features: int) -> Tensor:
+    """T x - E x in one subtraction, which needs the digits of fp32."""
+    chain = _chain(gates, x.dtype, False)
+    moved = _run(chain, x, False).view(-1, *chain[-1].out_sizes)
+    start = _unflatten(x, chain[0].in_sizes)
+    common = tuple(slice(min(pair)) for pair in zip(moved.shape, start.shape, strict=True))
+    moved[common] -= start[common]
+    return moved.flatten(1)[:, :out_features]
 
 
 def quanta_backward(
@@ -90,29 +107,16 @@ class _Gate:
     """One gate as a matrix, and where its axes are."""
 
     matrix: Tensor  # (out_b out_a, in_b in_a)
-    b: int  # 1 + the earlier axis: its dimension in (m, d1, ..., dN)
-    a: int  # 1 + the later axis
+    order: Sizes  # the dimensions of (m, d1, ..., dN) as the product takes them
+    back: Sizes  # the inverse permutation
+    left: bool  # the gate's axes come first: the matrix is multiplied from the left
     in_sizes: Sizes  # (d1, ..., dN) before
     out_sizes: Sizes  # and after
-
-    @property
-    def order(self) -> Sizes:
-        """The dimensions of (m, d1, ..., dN) in the order in which the product takes them."""
-        n = len(self.in_sizes)
-        rest = [d for d in range(n + 1) if d not in (self.a, self.b, n)]
-        if self.a == n:
-            return (*rest, self.b, n)
-        return (self.b, self.a, *rest, n)
-
-    @property
-    def left(self) -> bool:
-        """The gate's axes come first: the matrix is multiplied from the left."""
-        return self.a != len(self.in_sizes)
 
     def apply(self, t: Tensor, transpose: bool = False, onto: Tensor | None = None) -> Tensor:
         """The gate, or its transpose, on t, plus `onto`; all in the order of the product."""
         matrix = self.matrix.T if transpose else self.matrix
-        sizes = (t.shape[self.order.index(0)], *(self.in_sizes if transpose else self.out_sizes))
+        sizes = (t.shape[self.back[0]], *(self.in_sizes if transpose else self.out_sizes))
         flat = _rows if self.left else _pairs
         factors = (matrix, flat(t)) if self.left else (flat(t), matrix.T)
         out = torch.mm(*factors) if onto is None else torch.addmm(flat(onto), *factors)
@@ -135,22 +139,34 @@ class _Gate:
 
     def restore(self, t: Tensor) -> Tensor:
         """The inverse of `arrange`."""
-        return _permute(t, tuple(self.order.index(d) for d in range(len(self.order))))
+        return _permute(t, self.back)
 
 
 def _chain(gates: list[Tensor], dtype: torch.dtype, minus_eye: bool) -> list[_Gate]:
-    if not gates:
-        return []
-    sizes = reference.quanta_axes(gates)
     chain = []
-    for gate, (b, a) in zip(gates, reference.quanta_pairs(len(sizes)), strict=True):
+    for gate, places in zip(gates, _places(tuple(g.shape for g in gates)), strict=True):
         matrix = gate - reference.eye_gate(gate) if minus_eye else gate
-        after = list(sizes)
-        after[b], after[a] = gate.shape[0], gate.shape[1]
-        matrix = matrix.flatten(2).flatten(0, 1).to(dtype)
-        chain.append(_Gate(matrix, b + 1, a + 1, sizes, tuple(after)))
-        sizes = tuple(after)
+        chain.append(_Gate(matrix.flatten(2).flatten(0, 1).to(dtype), *places))
     return chain
+
+
+@cache
+def _places(shapes: tuple[Sizes, ...]) -> list[tuple[Sizes, Sizes, bool, Sizes, Sizes]]:
+    """Everything about a chain's gates but their values."""
+    if not shapes:
+        return []
+    sizes = reference.quanta_axes([torch.empty(shape, device="meta") for shape in shapes])
+    n, found = len(sizes), []
+    for shape, (b, a) in zip(shapes, reference.quanta_pairs(n), strict=True):
+        after = list(sizes)
+        after[b], after[a] = shape[0], shape[1]
+        left = a != n - 1
+        rest = [d for d in range(n + 1) if d not in (b + 1, a + 1, n)]
+        order = (b + 1, a + 1, *rest, n) if left else (*rest, b + 1, n)
+        back = tuple(order.index(d) for d in range(n + 1))
+        found.append((order, back, left, sizes, tuple(after)))
+        sizes = tuple(after)
+    return found
 
 
 # -- the chain on one chunk ------------------------------------------------------------------------

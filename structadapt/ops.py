@@ -212,10 +212,11 @@ class _QuanTA:
         self, x: Tensor, W: Tensor, bias: Tensor | None, *chains: Tensor
     ) -> tuple[Tensor, ...]:
         gates, frozen = [*chains[: self.n_gates]], [*chains[self.n_gates :]]
-        y = lean_quanta.quanta_forward(lean.flat(x), gates, frozen, W.shape[0], self.minus_eye)
-        if bias is not None:
-            y += bias.to(x.dtype)
-        y.addmm_(lean.flat(x), W.to(x.dtype).T)
+        X, W, bias = lean.flat(x), W.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        moved = lean_quanta.quanta_forward(X, gates, frozen, W.shape[0], self.minus_eye)
+        if moved.dtype != x.dtype or X.shape[0] <= lean.FEW:
+            return (lean.shaped(F.linear(X, W, bias).add_(moved), x),)
+        y = moved.addmm_(X, W.T) if bias is None else moved.add_(bias).addmm_(X, W.T)
         return (lean.shaped(y, x),)
 
     def backward(self, dy: Tensor, tensors: Any, held: Any, needs: Any) -> Any:
