@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -26,6 +27,13 @@ def same_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def base_of(run):
+    """The model that the adapter of a run belongs to."""
+    base = tiny_lm.TinyLM()
+    base.load_state_dict(safetensors.torch.load_file(run / "base.safetensors"))
+    return base
 
 
 def call(*arguments):
@@ -136,8 +144,7 @@ def test_a_run_leaves_what_it_promises(kind, tmp_path, capsys):
     )
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
-    base = tiny_lm.TinyLM()
-    base.load_state_dict(sa.checkpoint.safetensors.torch.load_file(out / "base.safetensors"))
+    base = base_of(out)
     if kind == "full":
         assert len(summary["spectra"]) > 12
         return
@@ -202,7 +209,7 @@ def test_a_run_that_diverges_keeps_its_last_adapter(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sa.grpo, "exact_match", lambda p, c, meta: float(len(c) % 2))
     assert call("grpo", *FAST, "--lr", 1000, "--out", tmp_path / "run") == 1
     assert re.search(r"Diverged: step \d: the gradient norm is nan", capsys.readouterr().out)
-    sa.load(tiny_lm.TinyLM(), tmp_path / "run" / "adapter.safetensors")
+    sa.load(base_of(tmp_path / "run"), tmp_path / "run" / "adapter.safetensors")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["after"] is None and "gradient norm is nan" in summary["failure"]
 
@@ -240,7 +247,7 @@ def test_ctrl_c_leaves_a_loadable_checkpoint(stage, tmp_path):
     assert process.returncode == 130, errors
     assert "stopping after this step" in errors and "Traceback" not in errors
     assert "Stopped early: the adapter as it was is saved" in printed
-    model = sa.load(tiny_lm.TinyLM(), out / "adapter.safetensors")
+    model = sa.load(base_of(out), out / "adapter.safetensors")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["interrupted"] and summary["after"] is None
     moved = any(delta.any() for _, delta in sa.delta_weights(model))

@@ -702,7 +702,8 @@ def assert_in_sync(tensors, model, dtype=torch.float32):
     assert all(tensor.dtype == dtype for _, tensor in tensors)
     result = base.load_state_dict(dict(tensors), strict=False)
     assert not result.unexpected_keys
-    close = {"atol": 1e-6, "rtol": 0} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0}
+    # fp32: T x - T0 x of QuanTA's paper start is a small difference of numbers of the size of x
+    close = {"atol": 3e-6 if dtype == torch.float32 else 0.05, "rtol": 0}
     torch.testing.assert_close(logits(base), logits(model), **close)
     assert not torch.equal(logits(base), logits(llama(dtype)))
 
