@@ -145,7 +145,10 @@ class _Gate:
 def _chain(gates: list[Tensor], dtype: torch.dtype, minus_eye: bool) -> list[_Gate]:
     chain = []
     for gate, places in zip(gates, _places(tuple(g.shape for g in gates)), strict=True):
-        matrix = gate - reference.eye_gate(gate) if minus_eye else gate
+        matrix = gate
+        if minus_eye:  # both diagonals at once: (min of b, min of a)
+            matrix = gate.clone(memory_format=torch.contiguous_format)
+            matrix.diagonal(dim1=0, dim2=2).diagonal(dim1=0, dim2=1).sub_(1)
         chain.append(_Gate(matrix.flatten(2).flatten(0, 1).to(dtype), *places))
     return chain
 
