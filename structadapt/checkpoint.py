@@ -33,6 +33,8 @@ from structadapt.layers import (
     find_adapted,
     matrix_of,
     matrix_shape,
+    plain_name,
+    unwrapped,
 )
 from structadapt.ops import wide_dtype
 from structadapt.surgery import attach, refuse_wrong_order
@@ -55,7 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     adapters give the same bytes. A sharded model is saved whole: call it on every rank. Raises
     ValueError if the model is not adapted or not finite, OSError if the file cannot be written.
     """
-    layers = {_uncompiled(name): layer for name, layer in adapted_layers(model).items()}
+    layers = {plain_name(n): layer for n, layer in adapted_layers(unwrapped(model)).items()}
     header = {
         "format": FORMAT,
         "version": version("structadapt"),
@@ -252,11 +254,6 @@ def _whole(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is truncated or no safetensors file: {error}") from None
-
-
-def _uncompiled(name: str) -> str:
-    """The name that a layer had before torch.compile."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _describe(entry: dict[str, Any]) -> tuple[Adapter, tuple[int, int]]:

@@ -16,9 +16,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from structadapt.adapted import Adapted, Parameters
 from structadapt.quantised import Dequantize, dequantize, is_quantised
+
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # parts of a name
 
 
 class AdaptedLinear(Adapted, nn.Linear):
@@ -200,6 +203,24 @@ def adaptable_layers(model: nn.Module, hook: Dequantize | None = None) -> dict[s
 def find_adapted(model: nn.Module) -> dict[str, Adapted]:
     """The adapted layers by name, if there are any."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Adapted)}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within DistributedDataParallel, torch.compile and PeftModel, in any order."""
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = cast(nn.Module, model._orig_mod)
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = cast(Any, model).get_base_model()
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """The name that a module or tensor had before a part of the model was wrapped."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:

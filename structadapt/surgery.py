@@ -84,11 +84,14 @@ def attach(
 ) -> None:
     """Give the named layers their adapters and tensors, and freeze all the rest.
 
-    Raises ValueError, before anything changes, for a layer that has an attribute of such a name.
+    Raises ValueError or RuntimeError, before anything changes, for a layer that cannot carry an
+    adapter or has an attribute of such a name.
     """
     for name, (_, tensors) in layers.items():
+        layer = model.get_submodule(name)
+        _refuse_layer(name, layer, kind_of(layer, dequantize))
         for key in tensors:
-            if hasattr(model.get_submodule(name), key):
+            if hasattr(layer, key):
                 raise ValueError(f"{name} has an attribute {key} already: rename it, or exclude")
     for name, (adapter, tensors) in layers.items():
         layer = model.get_submodule(name)

@@ -11,6 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
 import structadapt as sa
 from structadapt.checkpoint import AdapterFileError, read_adapters
@@ -199,6 +202,23 @@ def test_a_compiled_model_saves_the_names_of_the_bare_one(net, tmp_path, train_a
     sa.save(torch.compile(net, backend="eager"), tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     sa.load(base, tmp_path / "b")
+
+
+def test_a_wrapped_model_saves_the_names_of_the_bare_one(net, tmp_path, train_a_little):
+    train_a_little(sa.adapt(net, sa.LoRA(rank=2)))
+    sa.save(net, tmp_path / "bare")
+    apply_activation_checkpointing(net, check_fn=lambda m: isinstance(m, sa.AdaptedLinear))
+    sa.save(nn.DataParallel(torch.compile(net, backend="eager")), tmp_path / "wrapped")
+    assert (tmp_path / "wrapped").read_bytes() == (tmp_path / "bare").read_bytes()
+
+
+def test_a_layer_that_cannot_be_trained_is_not_loaded_into(tmp_path):
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4))
+    sa.save(sa.adapt(nn.Sequential(nn.Linear(4, 4)), sa.LoRA(rank=2)), tmp_path / "a")
+    with pytest.raises(RuntimeError, match="0 was built under torch.inference_mode"):
+        sa.load(model, tmp_path / "a", check_base=False)
+    assert type(model[0]) is nn.Linear
 
 
 def test_what_is_not_finite_is_not_saved(net, tmp_path):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import structadapt as sa
+from structadapt.interop import export_merged
 from structadapt.layers import find_adapted
 
 
@@ -89,6 +90,9 @@ def test_laws_over_a_quantised_base(quantised, adapter, tmp_path, train_a_little
         assert torch.equal(model(x), expected)
     with pytest.raises(RuntimeError, match="0 has a quantised weight"):
         sa.merge(model)
+    with pytest.raises(ValueError, match="0 is quantised: load the adapter"):
+        export_merged(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
     sa.save(model, tmp_path / "a")
     if hook is None:
         assert torch.equal(sa.load(base, tmp_path / "a")(x), y)

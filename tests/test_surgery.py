@@ -125,6 +125,29 @@ def test_targets(net, target, expected):
     assert adapted_names(sa.adapt(net, sa.LoRA(), target)) == expected
 
 
+class Inside(nn.Module):
+    """A module whose layer has its own name: proj, and proj.proj."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def test_a_pattern_that_matches_a_module_and_a_layer_inside_adapts_the_layer(train_a_little):
+    model = nn.Module()
+    model.proj = Inside()
+    sa.adapt(model, sa.LoRA(rank=2), "proj")
+    assert adapted_names(model) == ["proj.proj"]
+    train_a_little(model)
+    x = torch.randn(3, 4)
+    layer = model.proj.proj
+    W = layer.adapter.weight(layer.weight, layer.tensors())
+    torch.testing.assert_close(model.proj(x), x @ W.T + layer.bias)
+
+
 def test_exclude(net):
     sa.adapt(net, sa.LoRA(), exclude=["down", r"blocks\.0\.up"])
     assert adapted_names(net) == ["blocks.0.attn", "blocks.1.attn", "blocks.1.up"]

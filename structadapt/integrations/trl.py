@@ -20,13 +20,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from trl.generation.vllm_generation import VLLMGeneration
 
 from structadapt.adapted import Adapted
-from structadapt.layers import find_adapted
-
-WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # parts of a name
+from structadapt.layers import find_adapted, plain_name, unwrapped
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
@@ -49,7 +46,7 @@ def merged_named_parameters(
     Raises ValueError, at the first tensor, if an adapted weight is shared with another module; when
     its turn comes, if a W' is not finite.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layers = find_adapted(model)
     _refuse_shared(model, layers)
     owners = {id(layer.weight): (name, layer) for name, layer in layers.items()}
@@ -58,7 +55,7 @@ def merged_named_parameters(
         if id(parameter) in ours:
             continue
         layer_name, layer = owners.get(id(parameter), (name, None))
-        name = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        name = plain_name(name)
         if layer is None:
             with gather([parameter]):
                 yield name, _whole(parameter.data)
@@ -92,19 +89,6 @@ class MergedVLLMGeneration(VLLMGeneration):
 
     def _iter_named_params(self) -> Generator[tuple[str, Tensor], None, None]:
         yield from merged_named_parameters(self.model, self._dist.gather_params)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model within DistributedDataParallel, torch.compile and PeftModel, in any order."""
-    while True:
-        if isinstance(model, DataParallel | DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = cast(nn.Module, model._orig_mod)
-        elif hasattr(model, "get_base_model"):
-            model = cast(Any, model).get_base_model()
-        else:
-            return model
 
 
 def _refuse_shared(model: nn.Module, layers: dict[str, Adapted]) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from structadapt.adapted import Adapted
 from structadapt.interop.folders import refuse_foreign, whole_folder
-from structadapt.interop.state import finite_tensors, plain_name, refuse_sharded, unwrapped
-from structadapt.layers import adapted_layers
-from structadapt.merging import WARN_BELOW, survival
+from structadapt.interop.state import finite_tensors, refuse_sharded
+from structadapt.layers import adapted_layers, plain_name, unwrapped
+from structadapt.merging import REFUSE_BELOW, WARN_BELOW, survival
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 REPLACEABLE = ("config.json", "generation_config.json", WEIGHTS, INDEX, "model-*-of-*.safetensors")
@@ -33,6 +33,7 @@ def export_merged(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
+    force: bool = False,
 ) -> dict[str, float]:
     """Write `model` with W' in the place of W as sharded safetensors; the model stays as it is.
 
@@ -44,19 +45,20 @@ def export_merged(
     transformers model all at once, on the CPU.
 
     Returns the share of each layer's update that the rounding leaves,
-    <round(W') - W, W' - W> / ||W' - W||^2, about 1 in fp32; warns of layers that lose over 1 %.
+    <round(W') - W, W' - W> / ||W' - W||^2, about 1 in fp32. Warns of layers that keep less than
+    99 %; `force` exports also those that keep less than 50 %.
 
-    Raises ValueError, before anything is written, if the model is not adapted, is sharded or
-    quantised, if W' is not finite, or if it cannot stand in a checkpoint of this kind (a
-    `delta_bias` where there is no bias; a shared weight); FileExistsError if `folder` holds
-    anything but such a checkpoint.
+    Raises ValueError, and leaves no file, if the model is not adapted, is sharded or quantised, if
+    W' is not finite or less than half of an update would be left, or if it cannot stand in a
+    checkpoint of this kind (a `delta_bias` where there is no bias; a shared weight);
+    FileExistsError if `folder` holds anything but such a checkpoint.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating point type, got {dtype}")
     limit = _bytes(max_shard_size)
     refuse_foreign(folder, _replaceable)
     model = unwrapped(model)
-    merge = _Merge(model, dtype)
+    merge = _Merge(model, dtype, force)
     with whole_folder(folder, _replaceable) as new, torch.no_grad():
         if _is_pretrained(model):
             _save_pretrained(model, merge, new, limit)
@@ -96,13 +98,18 @@ class _Merge:
     kept: share of each layer's update that is left, filled as weights are made.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
-        self.dtype = dtype
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None, force: bool) -> None:
+        self.dtype, self.force = dtype, force
         self.layers = {plain_name(name): layer for name, layer in adapted_layers(model).items()}
         self.kept: dict[str, float] = {}
         refuse_sharded(self.layers)
-        if getattr(model, "hf_quantizer", None) is not None:
-            raise ValueError("the base model is quantised: merge into the model it was made from")
+        quantised = [name for name, layer in self.layers.items() if layer.is_quantised]
+        if quantised or getattr(model, "hf_quantizer", None) is not None:
+            where = quantised[0] if quantised else "the base model"
+            raise ValueError(
+                f"{where} is quantised: load the adapter (check_base=False) into the model that it "
+                "was made from, and export that"
+            )
         for name, layer in self.layers.items():
             _refuse_unmergeable(name, layer)
         self.owners: dict[str, tuple[str, str]] = {}  # key: (layer, tensor)
@@ -147,7 +154,13 @@ class _Merge:
         merged = self.layers[name].adapted_weight().to(dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"{name}: the merged weight is not finite in {dtype}: not exported")
-        self.kept[name] = survival(name, self.layers[name], dtype).survives
+        kept = self.kept[name] = survival(name, self.layers[name], dtype).survives
+        if kept < REFUSE_BELOW and not self.force:
+            raise ValueError(
+                f"{name}: rounding to {dtype} leaves {kept:.0%} of its update; nothing was "
+                "exported: pass dtype=torch.float32, or force=True, or serve the adapter beside "
+                "the base model"
+            )
         return merged
 
     def warn(self) -> None:

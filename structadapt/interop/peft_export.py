@@ -22,8 +22,8 @@ from structadapt.interop.peft_config import (
     WEIGHTS_FILE,
     unlike_peft,
 )
-from structadapt.interop.state import finite_tensors, plain_name, refuse_sharded, unwrapped
-from structadapt.layers import adapted_layers
+from structadapt.interop.state import finite_tensors, refuse_sharded
+from structadapt.layers import adapted_layers, plain_name, unwrapped
 
 REPLACEABLE = {CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, "README.md"}
 

@@ -1,28 +1,11 @@
 """The tensors of an adapted model as an export needs them: whole, finite, under plain names."""
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from structadapt.adapted import Adapted
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within torch.compile, DistributedDataParallel or a PeftModel of ours."""
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    base_model = getattr(model, "get_base_model", None)
-    if not (hasattr(model, "peft_config") and callable(base_model)):
-        return model
-    return cast(nn.Module, base_model())
-
-
-def plain_name(name: str) -> str:
-    """The name that a module or tensor had before torch.compile."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def refuse_sharded(layers: Mapping[str, Adapted]) -> None:
