@@ -6,7 +6,7 @@ product. Every backward returns gradients in the dtype of what they belong to, o
 says that one is not wanted.
 
 Held for the backward, beside the parameters: LoRA x and h (M, r); DoRA also the output before its
-magnitude v (M, out); QuanTA x alone.
+magnitude u (M, out); QuanTA x alone.
 """
 
 import torch
@@ -80,43 +80,47 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-def _times(v: Tensor, g: Tensor) -> Tensor:
-    """g v as v + (g - 1) v, g (out,) in fp32: a g that bf16 would round to 1 is not lost.
+def _times(u: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
+    """g u + (1 - g) bias in the dtype of u, for g (out,) in at least fp32.
 
-    In fp16, where a large g would overflow, in fp32.
+    In bf16 g is the sum of two of its numbers, so that neither a g near 1 nor one near 0 loses its
+    digits, and g = 1 gives u bit for bit; in fp16, where a large g would overflow, in fp32.
     """
-    if v.dtype == torch.float16:
-        return (v * g).to(v.dtype)
-    return torch.addcmul(v, v, (g - 1).to(v.dtype))
+    shift = None if bias is None else (1 - g) * bias
+    if u.dtype == torch.bfloat16:
+        high = g.to(u.dtype)
+        product = u * high if shift is None else torch.addcmul(shift.to(u.dtype), u, high)
+        return product.addcmul_(u, (g - high).to(u.dtype))
+    return (u * g if shift is None else torch.addcmul(shift, u, g)).to(u.dtype)
 
 
 def dora_forward(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, g: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, h, v) with v = x W^T + h (scale B)^T, h = x A^T and y = g v + bias.
+    """(y, h, u) with u = x W^T + h (scale B)^T + bias, h = x A^T and y = g (u - bias) + bias.
 
     g = 1 and B = 0 give F.linear(x, W, bias) bit for bit.
     """
-    if bias is None and x.shape[:-1].numel() <= FEW:
-        frozen, h = F.linear(flat(x), W.to(x.dtype)), flat(x).to(A.dtype) @ A.T
-        v = torch.add(frozen, h @ B.T, alpha=scale)  # at least fp32
-        return shaped((v * g).to(x.dtype), x), h, v
-    y, h = lora_forward(x, W, bias, A, B, scale)
-    if bias is None:
-        return _times(y, g), h, y
-    v = y - bias.to(y.dtype)
-    if v.dtype == torch.float16:
-        return (y + (g - 1) * v).to(v.dtype), h, v
-    return y.addcmul_(v, (g - 1).to(v.dtype)), h, v
+    bias = None if bias is None else bias.to(x.dtype)
+    if x.shape[:-1].numel() <= FEW:
+        frozen, h = F.linear(flat(x), W.to(x.dtype), bias), flat(x).to(A.dtype) @ A.T
+        u = torch.add(frozen, h @ B.T, alpha=scale)  # at least fp32
+        return shaped(_times(u, g, bias).to(x.dtype), x), h, u
+    u, h = lora_forward(x, W, bias, A, B, scale)
+    return _times(u, g, bias), h, u
 
 
 def dora_backward(
-    dy: Tensor, x: Tensor, h: Tensor, v: Tensor, W: Tensor, A: Tensor, B: Tensor, g: Tensor,
-    scale: float, needs: tuple[bool, ...],
+    dy: Tensor, x: Tensor, h: Tensor, u: Tensor, W: Tensor, bias: Tensor | None, A: Tensor,
+    B: Tensor, g: Tensor, scale: float, needs: tuple[bool, ...],
 ) -> Grads:  # fmt: skip
     """Gradients of (x, W, bias, A, B, g); the norm inside g is a constant."""
     dY, dx_needs = flat(dy), (needs[0], needs[1], False, needs[3], needs[4])
     dx, dW, _, dA, dB = lora_backward(_times(dy, g), x, h, W, A, B, scale, dx_needs)
     dbias = dY.sum(0) if needs[2] else None
-    dg = (dY * flat(v)).sum(0, dtype=g.dtype) if needs[5] else None
+    if needs[5]:
+        v = flat(u) if bias is None else flat(u) - bias.to(u.dtype)
+        dg = (dY * v).sum(0, dtype=g.dtype)
+    else:
+        dg = None
     return dx, dW, dbias, dA, dB, dg

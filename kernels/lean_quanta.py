@@ -9,7 +9,7 @@ the gates, t_k the input of gate k and d the sum of D_k t_k carried to the end,
 
     t_{k+1} = E_k t_k + D_k t_k,    T x - E x = d,
 
-and E_k crops or zero-pads. The backward is the same recursion with the gates transposed.
+and E_k crops or zero-pads. The backward of x is the same with the gates transposed.
 
 A gate is one matrix product. Between gates an activation is (m, d1, ..., dN); for a gate that has
 the last axis it becomes (m, ..., b, last), for another (b, a, m, ..., last). So the last axis is
@@ -18,8 +18,9 @@ never moved, and a permutation copies runs of it.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -68,14 +69,20 @@ def quanta_backward(
     need_gates: bool,
 ) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
     """Gradients of x and of the gates, given x (M, in) and dy (M, out)."""
-    chain, twin = _chain(gates, x.dtype, minus_eye), _chain(frozen, x.dtype, False)
+    chain, whole = _chain(gates, x.dtype, minus_eye), _chain(gates, x.dtype, False)
+    back = [gate.transposed for gate in reversed(chain)]
+    twin = [gate.transposed for gate in reversed(_chain(frozen, x.dtype, False))]
     sums = [torch.zeros_like(gate).flatten(0, 1).flatten(1) for gate in gates]  # at least fp32
 
     def update(rows: slice) -> Tensor:
-        inputs = _inputs(chain, x[rows], minus_eye) if need_gates else []
-        moved = _run_back(chain, dy[rows], inputs, sums, minus_eye)
+        inputs = _inputs(whole, x[rows]) if need_gates else []
+
+        def add_outer(k: int, grad: Tensor) -> None:
+            sums[-1 - k].add_(chain[-1 - k].outer(grad, inputs.pop()))
+
+        moved = _run(back, dy[rows], minus_eye, add_outer if need_gates else None)
         if twin:
-            moved -= _run_back(twin, dy[rows], [], [], False)
+            moved -= _run(twin, dy[rows], False)
         return moved[:, : x.shape[1]]
 
     dx = _by_chunks(update, x, chain, x.shape[1])
@@ -113,14 +120,20 @@ class _Gate:
     in_sizes: Sizes  # (d1, ..., dN) before
     out_sizes: Sizes  # and after
 
-    def apply(self, t: Tensor, transpose: bool = False, onto: Tensor | None = None) -> Tensor:
-        """The gate, or its transpose, on t, plus `onto`; all in the order of the product."""
-        matrix = self.matrix.T if transpose else self.matrix
-        sizes = (t.shape[self.back[0]], *(self.in_sizes if transpose else self.out_sizes))
+    @property
+    def transposed(self) -> "_Gate":
+        swapped = {"in_sizes": self.out_sizes, "out_sizes": self.in_sizes}
+        return replace(self, matrix=self.matrix.T, **swapped)
+
+    def apply(self, t: Tensor, onto: Tensor | None = None) -> Tensor:
+        """The gate on t, added to `onto` if that is given; all in the order of the product."""
         flat = _rows if self.left else _pairs
-        factors = (matrix, flat(t)) if self.left else (flat(t), matrix.T)
-        out = torch.mm(*factors) if onto is None else torch.addmm(flat(onto), *factors)
-        return out.view([sizes[d] for d in self.order])
+        factors = (self.matrix, flat(t)) if self.left else (flat(t), self.matrix.T)
+        if onto is not None:
+            total = flat(onto)
+            return torch.addmm(total, *factors, out=total).view(onto.shape)
+        sizes = (t.shape[self.back[0]], *self.out_sizes)
+        return torch.mm(*factors).view([sizes[d] for d in self.order])
 
     def outer(self, grad: Tensor, t: Tensor) -> Tensor:
         """The gradient of the matrix, both arguments in the order of the product."""
@@ -133,24 +146,28 @@ class _Gate:
         halves = torch.bmm(grad.view(2, -1, grad.shape[1]).mT, t.view(2, -1, t.shape[1]))
         return halves.to(torch.promote_types(t.dtype, torch.float32)).sum(0)
 
-    def arrange(self, t: Tensor) -> Tensor:
-        """(m, d1, ..., dN) -> the order of the product."""
-        return _permute(t, self.order)
+    def arrange(self, t: Tensor, before: "_Gate | None" = None) -> Tensor:
+        """t in the order of this gate's product, from (m, d1, ..., dN) or the order of another."""
+        return _permute(t, tuple(before.back[d] for d in self.order) if before else self.order)
 
     def restore(self, t: Tensor) -> Tensor:
-        """The inverse of `arrange`."""
+        """(m, d1, ..., dN) from the order of the product."""
         return _permute(t, self.back)
 
 
 def _chain(gates: list[Tensor], dtype: torch.dtype, minus_eye: bool) -> list[_Gate]:
     chain = []
     for gate, places in zip(gates, _places(tuple(g.shape for g in gates)), strict=True):
-        matrix = gate
-        if minus_eye:  # both diagonals at once: (min of b, min of a)
-            matrix = gate.clone(memory_format=torch.contiguous_format)
-            matrix.diagonal(dim1=0, dim2=2).diagonal(dim1=0, dim2=1).sub_(1)
-        chain.append(_Gate(matrix.flatten(2).flatten(0, 1).to(dtype), *places))
+        matrix = gate.to(dtype, copy=minus_eye, memory_format=torch.contiguous_format)
+        if minus_eye:
+            _eye(matrix).copy_(_eye(gate) - 1)
+        chain.append(_Gate(matrix.flatten(2).flatten(0, 1), *places))
     return chain
+
+
+def _eye(gate: Tensor) -> Tensor:
+    """Both diagonals of a gate at once: (min of b, min of a)."""
+    return gate.diagonal(dim1=0, dim2=2).diagonal(dim1=0, dim2=1)
 
 
 @cache
@@ -175,51 +192,40 @@ def _places(shapes: tuple[Sizes, ...]) -> list[tuple[Sizes, Sizes, bool, Sizes, 
 # -- the chain on one chunk ------------------------------------------------------------------------
 
 
-def _run(chain: list[_Gate], x: Tensor, minus_eye: bool) -> Tensor:
-    """(m, in) -> (m, product of the last sizes)."""
-    t = _unflatten(x, chain[0].in_sizes)
-    total = None
-    for k, gate in enumerate(chain):
-        moved = gate.restore(gate.apply(gate.arrange(t)))
-        if minus_eye:
-            total = moved if total is None else _plus(moved, total, total)
-            if k < len(chain) - 1:
-                moved = _plus(moved, t, None if moved is total else moved)
-        t = moved
-    return (t if total is None else total).flatten(1)
-
-
-def _inputs(chain: list[_Gate], x: Tensor, minus_eye: bool) -> list[Tensor]:
-    """The input of every gate, in the order of its product."""
-    t = _unflatten(x, chain[0].in_sizes)
-    inputs = []
-    for gate in chain[:-1]:
-        inputs.append(gate.arrange(t))
-        square = minus_eye and gate.in_sizes == gate.out_sizes
-        moved = gate.restore(gate.apply(inputs[-1], onto=inputs[-1] if square else None))
-        t = _plus(moved, t, moved) if minus_eye and not square else moved
-    return [*inputs, chain[-1].arrange(t)]
-
-
-def _run_back(
-    chain: list[_Gate], dy: Tensor, inputs: list[Tensor], sums: list[Tensor], minus_eye: bool
+def _run(
+    chain: list[_Gate], x: Tensor, minus_eye: bool, see: Callable[[int, Tensor], None] | None = None
 ) -> Tensor:
-    """dx (m, product of the first sizes) for dy; the gates' gradients are added to `sums`."""
-    grad = _unflatten(dy, chain[-1].out_sizes)
-    total = None
-    for k, gate in reversed([*enumerate(chain)]):
-        arranged = gate.arrange(grad)
-        if inputs:
-            sums[k].add_(gate.outer(arranged, inputs[k]))
-        if k == 0 and total is not None and total.shape[1:] == gate.in_sizes:
-            return gate.apply(arranged, transpose=True, onto=total).flatten(1)
-        moved = gate.restore(gate.apply(arranged, transpose=True))
-        if minus_eye:
-            total = moved if total is None else _plus(moved, total, total)
-            if k:
-                moved = _plus(moved, grad, None if moved is total else moved)
-        grad = moved
-    return (grad if total is None else total).flatten(1)
+    """(m, in) -> (m, product of the last sizes). `see` is shown the input of each gate.
+
+    With `minus_eye` that is x + total, where total is what the gates before have added.
+    """
+    source = _unflatten(x, chain[0].in_sizes)
+    total, before = None, None
+    for k, gate in enumerate(chain):
+        if total is not None:
+            total = gate.arrange(total, before)
+        t = total if total is not None and not minus_eye else gate.arrange(source)
+        if total is not None and minus_eye:
+            t = _plus(total, t)
+        if see:
+            see(k, t)
+        if total is None or not minus_eye:
+            total = gate.apply(t)
+        elif gate.in_sizes == gate.out_sizes:
+            total = gate.apply(t, onto=total)
+        else:
+            total = _plus(gate.apply(t), total)
+        before = gate
+    assert total is not None
+    return chain[-1].restore(total).flatten(1)
+
+
+def _inputs(chain: list[_Gate], x: Tensor) -> list[Tensor]:
+    """The input of every gate, in the order of its product."""
+    inputs = [chain[0].arrange(_unflatten(x, chain[0].in_sizes))]
+    for gate, following in pairwise(chain):
+        inputs.append(following.arrange(gate.apply(inputs[-1]), gate))
+    return inputs
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -250,19 +256,21 @@ def _permute(t: Tensor, order: Sizes) -> Tensor:
         return t
     run = t.shape[-1] * t.element_size()
     unit = next(size for size in UNITS if run % size == 0)
-    source = t.contiguous().view(UNITS[unit])
+    source = t.contiguous()
+    if source.storage_offset() * source.element_size() % unit:
+        source = source.clone()  # a view as units has to start on one
+    source = source.view(UNITS[unit])
     target = source.new_empty([source.shape[d] for d in order])
     for i in range(run // unit):
         target[..., i].copy_(source[..., i].permute(order[:-1]))
     return target.view(t.dtype)
 
 
-def _plus(moved: Tensor, t: Tensor, into: Tensor | None) -> Tensor:
-    """moved + E t, with t cropped or zero-padded to the sizes of `moved`; written over `into`, one
-    of the two, where it has these sizes."""
+def _plus(moved: Tensor, t: Tensor) -> Tensor:
+    """moved + E t: t is cropped or zero-padded to the sizes of `moved`."""
     if moved.shape == t.shape:
-        return torch.add(moved, t, out=into)
+        return moved + t
     common = tuple(slice(min(pair)) for pair in zip(moved.shape, t.shape, strict=True))
-    total = moved if into is moved else moved.clone()
+    total = moved.clone()
     total[common] += t[common]
     return total

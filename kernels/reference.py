@@ -84,13 +84,13 @@ def dora_linear(
 
 
 def dora_onto(y: Tensor, low: Tensor, bias: Tensor | None, g: Tensor) -> Tensor:
-    """The same from the frozen output y and the low-rank product.
+    """The same from the frozen output y, which has the bias, and the low-rank product.
 
-    Written as the frozen output plus an update, so that g = 1 and B = 0 give the frozen output bit
-    for bit.
+    g = 1 and B = 0 give y bit for bit. The bias is not taken off y, which has been rounded, but
+    what g does to it is put right.
     """
-    frozen = y if bias is None else y - bias
-    return y + ((g - 1) * frozen + g * low).to(y.dtype)
+    total = g * y + g * low
+    return (total if bias is None else total + (1 - g) * bias).to(y.dtype)
 
 
 # -- QuanTA ----------------------------------------------------------------------------------------

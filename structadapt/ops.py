@@ -191,9 +191,9 @@ class _DoRA:
         return lean.dora_forward(*tensors, scale=self.scale)
 
     def backward(self, dy: Tensor, tensors: Any, held: Any, needs: Any) -> Any:
-        x, W, _, A, B, g = tensors
-        h, v = held
-        return lean.dora_backward(dy, x, h, v, W, A, B, g, self.scale, needs)
+        x, W, bias, A, B, g = tensors
+        h, u = held
+        return lean.dora_backward(dy, x, h, u, W, bias, A, B, g, self.scale, needs)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import structadapt as sa
+from structadapt import ops
 from structadapt.adapters import quanta
 from structadapt.adapters.base import Adapter
 from structadapt.kernels import reference
@@ -236,6 +237,37 @@ def test_dora_with_zero_rows_cancelling_rows_and_zero_magnitudes(dtype):
     assert not found["m"][:2].any()
 
 
+@pytest.mark.parametrize("rows", [2, 64], ids=["decode", "train"])
+@pytest.mark.parametrize("plain", [False, True], ids=["lean", "plain"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("gain", [1.0, 1.001, 30.0, 0.1, 1e-3, 0.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dora_loses_no_digits_whatever_the_magnitude(
+    monkeypatch, dtype, gain, bias, plain, rows, perturb
+):
+    """Against the formula in float64: every error is that of a few roundings."""
+    if plain:
+        monkeypatch.setattr(ops, "_may_be_lean", lambda *tensors: False)
+    adapter = sa.DoRA(rank=3, alpha=6)
+    x, W, b = layer((24, 64), dtype, bias, rows=(rows,))
+    W = W / 2
+    p = perturb(adapter.init(W))
+    p["m"] *= gain
+    leaves = [x.requires_grad_(), *(t.requires_grad_() for t in p.values())]
+    y = adapter.forward(x, W, b, p)
+    found = [y, *gradients(y, leaves)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    x64, A, B, m = wide
+    V = W.double() + 2 * B @ A
+    y64 = (m / V.detach().norm(dim=1)) * (x64 @ V.T) + (b.double() if bias else 0)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=dtype)
+    expected = [y64, *torch.autograd.grad(y64, wide, upstream.double())]
+    limit = 6 * torch.finfo(dtype).eps
+    for name, left, right in zip(("y", "x", *p), found, expected, strict=True):
+        error, size = (left.double() - right).norm(), right.norm()
+        assert error <= limit * size, f"{name}: {error / size:.1e}"
+
+
 def test_dora_keeps_its_norm_in_fp32_under_autocast():
     adapter = sa.DoRA(rank=2)
     x, W, _ = layer((64, 48), torch.float32)
@@ -304,6 +336,18 @@ def test_an_identity_start_keeps_small_updates_in_bf16():
     exact = adapter.update(x.double(), 64, {k: t.double() for k, t in p.items()})
     rough = adapter.update(x.bfloat16(), 64, p).double()
     assert (rough - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_quanta_takes_a_gradient_that_starts_anywhere_in_memory(dtype, perturb):
+    adapter = sa.QuanTA(3)
+    x, W, b = layer((64, 64), dtype, rows=(12,))
+    p = {k: t.requires_grad_() for k, t in perturb(adapter.init(W)).items()}
+    y = adapter.forward(x, W, b, p)
+    upstream = torch.randn(y.numel() + 1).to(dtype)
+    found = torch.autograd.grad(y, p.values(), upstream[1:].view_as(y), retain_graph=True)
+    expected = torch.autograd.grad(y, p.values(), upstream[1:].clone().view_as(y))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(
