@@ -11,6 +11,7 @@ from structadapt.ops import observed, wide_dtype
 from structadapt.watched import state_of, watch
 
 Parameters = dict[str, Tensor]
+MERGED = "merged"  # a key in the state dict of a merged layer
 
 
 class Adapted(nn.Module):
@@ -119,21 +120,35 @@ class Adapted(nn.Module):
         return [t for t in self.tensors().values() if isinstance(t, nn.Parameter)]
 
     def adapted_weight(self) -> Tensor:
-        """W' as the layer stores its weight, in at least fp32; the model is left alone."""
-        p = {name: tensor.detach() for name, tensor in self.tensors().items()}
-        W = self.matrix()
-        return self.as_stored(self.adapter.weight(W.to(wide_dtype(W.dtype)), p))
+        """W' as the layer stores its weight, in at least fp32; the model is left alone. Of a
+        sharded layer too, whole: call it on every rank."""
+        return self._weights(wide_dtype(self.frozen_weight.dtype))[1]
+
+    def wide_weights(self) -> tuple[Tensor, Tensor]:
+        """W and W' as the layer stores its weight, with more digits than it has: in fp32 if the
+        weight is of low precision, else in float64."""
+        dtype = self.frozen_weight.dtype
+        return self._weights(torch.float32 if dtype.itemsize < 4 else torch.float64)
 
     def delta_weight(self) -> Tensor:
         """W' - W (out, in), fp32, the difference formed in float64."""
-        W = self.matrix().double()
-        p = {name: tensor.detach().double() for name, tensor in self.tensors().items()}
-        return (self.adapter.weight(W, p) - W).float()
+        W, weight = map(self.as_matrix, self._weights(torch.float64))
+        return (weight - W).float()
+
+    def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        W = whole(self.matrix()).to(dtype)
+        p = {name: whole(tensor.detach()).to(W) for name, tensor in self.tensors().items()}
+        return self.as_stored(W), self.as_stored(self.adapter.weight(W, p))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.adapter}"
 
     # -- what torch does to modules ----------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.base_weight is not None:
+            destination[f"{prefix}{MERGED}"] = torch.tensor(True)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -184,6 +199,12 @@ class Adapted(nn.Module):
         if self.base_weight is not None:
             error_msgs.append(f"{prefix[:-1]} is merged: unmerge first, then load")
             return
+        if f"{prefix}{MERGED}" in state_dict:
+            error_msgs.append(
+                f"{prefix[:-1]}: this state dict was taken while the model was merged, and the "
+                "adapter would count twice: take it after unmerge, or save the adapter alone"
+            )
+            return
         if not (adapters or self.adapter.additive or self.pending or W is None or self._is_base(W)):
             kind = type(self.adapter).__name__
             error_msgs.append(
@@ -201,6 +222,12 @@ class Adapted(nn.Module):
         else:
             is_meta = any(t.is_meta for t in (self.weight, *self.tensors().values()))
             self.pending = is_meta or (self.pending and len(adapters) < len(self.tensor_names))
+        wide = wide_dtype(self.weight.dtype)
+        for name, tensor in self.tensors().items():
+            if tensor.dtype != wide:  # the state dict's own tensor, with assign=True
+                value = tensor.detach().to(wide)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                setattr(self, name, nn.Parameter(value) if is_parameter else value)
         self.watch()
 
     def _given(self, state_dict: dict[str, Any], prefix: str) -> set[str]:

@@ -37,7 +37,8 @@ from structadapt.layers import (
     unwrapped,
 )
 from structadapt.ops import wide_dtype
-from structadapt.surgery import attach, refuse_wrong_order
+from structadapt.refusals import refuse_wrong_order
+from structadapt.surgery import attach
 from structadapt.targets import near
 
 FORMAT = 1

@@ -51,7 +51,6 @@ class MergeReport:
         return "\n".join(lines)
 
 
-@torch.no_grad()
 def merge(
     model: nn.Module, *, report: bool = False, force: bool = False, residual: bool = False
 ) -> MergeReport | None:
@@ -61,33 +60,44 @@ def merge(
     the model holds both while merged.
 
     report: return a `MergeReport`: per layer, the share of the update that survives the rounding.
-        Without it, layers of fp32 and more are not measured.
     residual: keep also what the rounding took, in the dtype of W, and run it as a second product:
-        the merged model computes with W' to about twice the digits of that dtype.
+        the merged model computes with W' to about twice the digits of that dtype. What fp16 cannot
+        hold of it is lost, and counts as lost.
     force: merge without a warning however little survives.
 
-    Warns below 99 % and refuses below 50 %, unless `force` or `residual`. Raises RuntimeError if
-    the model is merged already, sharded or quantised; ValueError if a weight is shared with another
-    module, which would change with it, if W' is not finite, or if too little survives. Nothing is
-    changed then.
+    Warns below 99 % and refuses below 50 %, unless `force`. Raises RuntimeError if the model is
+    merged already, sharded, quantised or on the meta device; ValueError if a weight is shared with
+    another module, which would change with it, if W' is not finite, or if too little survives.
+    Nothing is changed then.
     """
+    return _merge(model, report, force, residual, stacklevel=5)
+
+
+@torch.no_grad()
+def _merge(
+    model: nn.Module, report: bool, force: bool, residual: bool, stacklevel: int
+) -> MergeReport | None:
     layers = adapted_layers(model)
     _refuse(model, layers)
     merged_weights: dict[str, Tensor] = {}
     residuals: dict[str, Tensor] = {}
     measured = []
     for name, layer in layers.items():
-        wide = layer.adapted_weight()
-        weight = wide.to(layer.weight.dtype)
+        dtype = layer.weight.dtype
+        exact = layer.wide_weights() if report or residual or _is_low(dtype) else None
+        weight = (exact[1] if exact else layer.adapted_weight()).to(dtype).contiguous()
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}: the merged weight is not finite; nothing was merged")
-        merged_weights[name] = weight.contiguous()
-        if residual:
-            residuals[name] = (wide - weight).to(weight.dtype)
-        if report or (weight.dtype != wide.dtype and not force and not residual):
-            measured.append(survival(name, layer, weight.dtype))
-    if not (force or residual):
-        speak_up(measured, "merged")
+        merged_weights[name] = weight
+        if exact and residual:
+            residuals[name] = (exact[1] - weight).to(dtype)
+        if not exact and not force and _is_small(weight - layer.weight, layer.weight):
+            exact = layer.wide_weights()
+        if exact and (report or not force):
+            measured.append(_measure(name, layer, *exact, weight, residuals.get(name)))
+    if not force:
+        ways = "run it unmerged, or pass force=True"
+        speak_up(measured, ways if residual else f"{ways}, or residual=True", stacklevel)
     try:
         for name, layer in layers.items():
             layer.base_weight = layer.weight.data
@@ -97,6 +107,15 @@ def merge(
         _unmerge(model)
         raise
     return MergeReport(measured) if report else None
+
+
+def _is_low(dtype: torch.dtype) -> bool:
+    return wide_dtype(dtype) != dtype
+
+
+def _is_small(update: Tensor, W: Tensor) -> bool:
+    """Whether fp32 may lose 1 % of an update: its roundings are 6e-8 of W."""
+    return bool(torch.linalg.vector_norm(update) < 1e-5 * torch.linalg.vector_norm(W))
 
 
 @torch.no_grad()
@@ -120,7 +139,7 @@ def _unmerge(model: nn.Module) -> bool:
 def merged(model: nn.Module, *, force: bool = False, residual: bool = False) -> Iterator[None]:
     """Within this context the model runs on merged weights: for rollouts and evaluation. Arguments
     and errors as for `merge`."""
-    merge(model, force=force, residual=residual)
+    _merge(model, False, force, residual, stacklevel=6)
     try:
         yield
     finally:
@@ -128,21 +147,26 @@ def merged(model: nn.Module, *, force: bool = False, residual: bool = False) -> 
 
 
 def survival(name: str, layer: Adapted, dtype: torch.dtype) -> LayerMerge:
-    """What storing the adapted weight of a layer in `dtype` does to its update. In fp32 a layer of
-    low precision is measured, in float64 one of fp32."""
-    if wide_dtype(layer.weight.dtype) != layer.weight.dtype:
-        W = layer.as_stored(layer.matrix()).to(wide_dtype(layer.weight.dtype))
-        wide = layer.adapted_weight()
-    else:
-        W = layer.as_stored(layer.matrix()).double()
-        wide = W + layer.as_stored(layer.delta_weight().double())
-    update, kept = wide - W, wide.to(dtype).to(wide.dtype) - W
-    size = torch.linalg.vector_norm(update).item()
-    share = 1.0 if size == 0 else (torch.sum(update / size * kept) / size).item()
-    return LayerMerge(name, dtype, size / max(torch.linalg.vector_norm(W).item(), 1e-300), share)
+    """What storing the adapted weight of a layer in `dtype` does to its update."""
+    W, exact = layer.wide_weights()
+    return _measure(name, layer, W, exact, exact.to(dtype), None)
 
 
-def speak_up(measured: list[LayerMerge], done: str) -> None:
+def _measure(
+    name: str, layer: Adapted, W: Tensor, exact: Tensor, weight: Tensor, residual: Tensor | None
+) -> LayerMerge:
+    """What is left of the update exact - W in weight + residual."""
+    update, kept = exact - W, weight.to(exact.dtype) - W
+    if residual is not None:
+        kept += residual
+    size, whole = (torch.linalg.vector_norm(t).item() for t in (update, W))
+    # A fresh magnitude is a norm rounded to fp32: that much is no update.
+    nothing = 0.0 if layer.adapter.additive else torch.finfo(torch.float32).eps * whole
+    share = 1.0 if size <= nothing else (torch.sum(update / size * kept) / size).item()
+    return LayerMerge(name, weight.dtype, size / max(whole, 1e-300), share)
+
+
+def speak_up(measured: list[LayerMerge], ways: str, stacklevel: int) -> None:
     """Warn of, or refuse with a ValueError, what loses too much of an update."""
     worst = min(measured, key=lambda layer: layer.survives, default=None)
     if worst is None or worst.survives >= WARN_BELOW:
@@ -151,10 +175,9 @@ def speak_up(measured: list[LayerMerge], done: str) -> None:
         f"{worst.name}: {worst.survives:.0%} of its update of relative size "
         f"{worst.relative_update:.1e} survives rounding to {worst.dtype}"
     )
-    ways = "run it unmerged, keep the rest with residual=True, or pass force=True"
     if worst.survives < REFUSE_BELOW:
-        raise ValueError(f"{said}; nothing was {done}: {ways}")
-    warnings.warn(f"{said}: {ways}", stacklevel=3)
+        raise ValueError(f"{said}; nothing was merged: {ways}")
+    warnings.warn(f"{said}: {ways}", stacklevel=stacklevel)
 
 
 def _refuse(model: nn.Module, layers: dict[str, Adapted]) -> None:
@@ -165,6 +188,8 @@ def _refuse(model: nn.Module, layers: dict[str, Adapted]) -> None:
             raise RuntimeError(
                 f"{name} has a quantised weight, which cannot hold a merged one: run it unmerged"
             )
+        if layer.weight.is_meta:
+            raise RuntimeError(f"{name} is on the meta device: load the base weights first")
         if hasattr(layer.weight, "device_mesh"):
             raise RuntimeError(f"{name} is sharded: merge before sharding, or unshard the model")
     owners = {id(layer.weight): name for name, layer in layers.items()}

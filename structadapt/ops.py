@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from structadapt.kernels import lean, lean_quanta, reference
 from structadapt.kernels.reference import (
@@ -119,10 +120,12 @@ def _run(form: _Form, x: Tensor, W: Tensor, bias: Tensor | None, *tensors: Tenso
 
 
 def observed() -> bool:
-    """Whether something else looks at the operations: a compiler, torch.func, a dispatch mode (as
-    in selective checkpointing, which counts them)."""
+    """Whether something else looks at the operations: a compiler, a tracer, torch.func, forward
+    differentiation, a dispatch mode (as in selective checkpointing, which counts them)."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )

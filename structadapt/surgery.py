@@ -7,7 +7,8 @@ registered under two names stay valid, and base checkpoints keep their keys.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from structadapt.layers import (
 )
 from structadapt.planning import Plan, layer_plan
 from structadapt.quantised import Dequantize
+from structadapt.refusals import ATTRIBUTES, kept_forwards, refuse_layer, refuse_wrong_order
 from structadapt.targets import Pattern, Target, select
 
 Overrides = Mapping[Pattern, Mapping[str, Any]]
@@ -89,14 +91,16 @@ def attach(
     """
     for name, (_, tensors) in layers.items():
         layer = model.get_submodule(name)
-        _refuse_layer(name, layer, kind_of(layer, dequantize))
-        for key in tensors:
+        refuse_layer(name, layer, kind_of(layer, dequantize))
+        for key in (*tensors, *ATTRIBUTES):
             if hasattr(layer, key):
                 raise ValueError(f"{name} has an attribute {key} already: rename it, or exclude")
     for name, (adapter, tensors) in layers.items():
         layer = model.get_submodule(name)
+        forwards = kept_forwards(layer)
         layer.__class__ = kind_of(layer, dequantize)  # type: ignore[assignment]
         assert isinstance(layer, Adapted)
+        layer.__dict__.update(dict.fromkeys(forwards, MethodType(type(layer).forward, layer)))
         if layer.is_quantised:
             layer.__dict__["dequantize"] = dequantize or quantised.dequantize
         layer.adapter, layer.enabled, layer.origin = adapter, True, (seed, name)
@@ -120,6 +124,9 @@ def attach(
             for layer in (module.linear1, module.linear2):
                 if isinstance(layer, AdaptedLinear) and not layer._forward_pre_hooks:
                     layer.register_forward_pre_hook(_no_op)
+        # And this one packs padded inputs, which only that path can take.
+        if isinstance(module, nn.TransformerEncoder) and find_adapted(module):
+            module.enable_nested_tensor = module.use_nested_tensor = False
 
 
 def _no_op(module: nn.Module, inputs: Any) -> None:
@@ -146,11 +153,13 @@ def _choose(
     if not chosen:
         raise ValueError(f"no layer to adapt: target {target!r}, exclude {exclude!r}")
     own = dict.fromkeys(chosen, adapter)
+    if not isinstance(overrides or {}, Mapping):
+        raise TypeError(f"overrides must map patterns to fields of the adapter, got {overrides!r}")
     for pattern, fields in reversed([*(overrides or {}).items()]):
         changed = _changed(adapter, pattern, fields)
         own.update(dict.fromkeys(select(model, chosen, pattern, "overrides"), changed))
     for name, layer in chosen.items():
-        _refuse_layer(name, layer, kind_of(layer, dequantize))
+        refuse_layer(name, layer, kind_of(layer, dequantize))
         with _naming(name):
             own[name] = own[name].resolved(*matrix_shape(layer))
     return {name: (layer, own[name]) for name, layer in chosen.items()}
@@ -158,6 +167,8 @@ def _choose(
 
 def _changed(adapter: Adapter, pattern: Pattern, fields: Mapping[str, Any]) -> Adapter:
     """The adapter with some fields changed."""
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"overrides[{pattern!r}] must be like {{'rank': 32}}, got {fields!r}")
     config = adapter.config()
     unknown = sorted(fields.keys() - config.keys())
     if unknown:
@@ -165,53 +176,8 @@ def _changed(adapter: Adapter, pattern: Pattern, fields: Mapping[str, Any]) -> A
             f"overrides[{pattern!r}]: {type(adapter).__name__} has no {unknown[0]}, only "
             f"{', '.join(config)}"
         )
-    return type(adapter)(**{**config, **fields})
-
-
-def _refuse_layer(name: str, layer: nn.Module, kind: type[Adapted] | None) -> None:
-    """ValueError or RuntimeError for a layer that cannot carry an adapter, with the reason."""
-    if isinstance(layer, Adapted):
-        raise ValueError(f"{name} is adapted already, with {layer.adapter}; exclude it")
-    weight = cast(Tensor, layer.weight)
-    if "weight" not in layer._parameters:
-        raise ValueError(
-            f"{name}: its weight is computed by weight_norm, prune or the like, which would "
-            "undo a merge: remove that first"
-        )
-    if not weight.numel():
-        raise ValueError(f"{name}: its weight is empty, {tuple(weight.shape)}")
-    if not weight.is_floating_point() and not (kind and kind.is_quantised):
-        raise ValueError(f"{name}: cannot adapt a weight of dtype {weight.dtype}")
-    if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.scale_grad_by_freq):
-        raise ValueError(
-            f"{name}: an embedding with max_norm changes its weight in every forward, and "
-            "scale_grad_by_freq has no meaning for an adapter: build it without"
-        )
-    if weight.is_inference():
-        raise RuntimeError(
-            f"{name} was built under torch.inference_mode() and cannot be trained through; "
-            "build the model outside it"
-        )
-
-
-def refuse_wrong_order(model: nn.Module) -> None:
-    """RuntimeError for a model that is compiled, wrapped for DDP, sharded or merged."""
-    for name, module in model.named_modules():
-        label = name or type(module).__name__
-        if getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod"):
-            raise RuntimeError(f"{label} is compiled: adapt first, then compile, then shard")
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise RuntimeError(f"{label} is DistributedDataParallel: adapt first, then wrap")
-        if _is_sharded(module):
-            raise RuntimeError(f"{label} is sharded: adapt first, then compile, then shard")
-        if isinstance(module, Adapted) and module.base_weight is not None:
-            raise RuntimeError(f"{label} is merged: unmerge first")
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    """Also where a forward has left FSDP2's parameters whole."""
-    by_class = any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
-    return by_class or any(hasattr(p, "device_mesh") for p in module.parameters(recurse=False))
+    with _naming(f"overrides[{pattern!r}]"):
+        return type(adapter)(**{**config, **fields})
 
 
 @contextmanager
@@ -220,7 +186,7 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{name}: {error}" if name else str(error)) from None
 
 
 # -- turning off -----------------------------------------------------------------------------------
@@ -286,10 +252,12 @@ def plan(
     exclude: Target = (),
     *,
     overrides: Overrides | None = None,
+    dequantize: Dequantize | None = None,
 ) -> Plan:
     """What `adapt` with the same arguments would do; nothing changes. Raises what it raises."""
     rows = []
-    for name, (layer, own) in _choose(model, adapter, target, exclude, overrides).items():
+    chosen = _choose(model, adapter, target, exclude, overrides, dequantize)
+    for name, (layer, own) in chosen.items():
         with _naming(name):
             rows.append(layer_plan(name, own, layer))
     return Plan(rows, _base_parameters(model))

@@ -94,7 +94,13 @@ def _no_match(model: nn.Module, layers: dict[str, nn.Module], pattern: Pattern, 
         return f"{role} {pattern!r} matches none of the {len(layers)} layers that can be adapted"
     for name, module in model.named_modules():
         if name and name not in layers and _name_matches(pattern, name):
-            why = "not in the target" if role == "overrides" else f"only {CAN}"
+            why = f"only {CAN}"
+            if role == "overrides":
+                why = "not in the target"
+            elif any(inner.startswith(f"{name}.") for inner in layers):
+                why += f"; what is inside it is {pattern + '..*'!r}"
+            elif isinstance(module, nn.Linear):
+                why += ", and not their subclasses, which may have ways of their own"
             return f"{role} {pattern!r} matches {name}, a {type(module).__name__}: {why}"
     shown = near(pattern, layers)
     return f"{role} {pattern!r} matches no nn.Linear or other layer that can be adapted{shown}"

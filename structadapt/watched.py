@@ -21,6 +21,7 @@ class Watched(nn.Parameter):
     """A parameter whose `.data` shares its version counter; assignments to `.data` are counted."""
 
     writes = 0
+    source: Tensor | None = None  # what `.data` was last set to: it has a version of its own
 
     @cached_property
     def serial(self) -> int:
@@ -35,6 +36,7 @@ class Watched(nn.Parameter):
     def data(self, value: Tensor) -> None:
         nn.Parameter.data.__set__(self, value)  # type: ignore[attr-defined]
         self.writes += 1
+        self.source = None if value.is_inference() else value
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as a plain parameter: its layer watches it again when unpickled."""
@@ -75,5 +77,6 @@ def state_of(tensors: Iterable[Tensor]) -> tuple[Any, ...] | None:
             return None
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        key += (tensor.serial, tensor._version, tensor.writes, tensor.data_ptr())
+        source = 0 if tensor.source is None else tensor.source._version
+        key += (tensor.serial, tensor._version, tensor.writes, source, tensor.data_ptr())
     return tuple(key)

@@ -419,6 +419,12 @@ def test_quanta_refuses_axes(axes):
         sa.QuanTA(axes)
 
 
+@pytest.mark.parametrize("axes", [(127, 1, 1), (8, 4, 3)])
+def test_quanta_refuses_sizes_that_leave_parameters_without_an_effect(axes):
+    with pytest.raises(ValueError, match="give sizes that make it, or less than . more"):
+        sa.QuanTA(axes, out_axes=axes).init(torch.zeros(64, 64))
+
+
 def test_quanta_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="init must be one of 'identity'"):
         sa.QuanTA(init="random")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -313,6 +314,25 @@ def test_second_derivatives(make, adapter, x):
     all_close(second(layer(x)), second(defined(layer, x)), rtol=1e-9, atol=1e-9)
     if adapter.additive:
         torch.autograd.gradgradcheck(lambda x, *_: layer(x), leaves, fast_mode=True)
+
+
+def test_forward_derivatives(make, adapter, x):
+    layer = make(adapter, nn.Linear(48, 48))[0].double()
+    x, tangent = x.double(), torch.randn(x.shape, dtype=torch.float64)
+    with forward_ad.dual_level():
+        y = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent)))
+    torch.testing.assert_close(y.tangent, layer(tangent) - layer(torch.zeros_like(tangent)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_takes_in_nothing_that_was_kept(make, adapter, x):
+    layer = make(adapter, nn.Linear(48, 48))[0]
+    layer(x)
+    traced = torch.jit.trace(layer, x)
+    with torch.no_grad():
+        for p in layer.trained_tensors():
+            p.mul_(1.5)
+    torch.testing.assert_close(traced(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
 # -- tied weights ----------------------------------------------------------------------------------

@@ -139,6 +139,16 @@ def assign_data(model):
         p.data = p.data + noise(p)
 
 
+def through_the_source(model):
+    """As with parameters that are views of one buffer: after a first forward, a write to that."""
+    sources = [(p, p.detach().clone()) for p in model.parameters()]
+    for p, source in sources:
+        p.data = source
+    model(torch.zeros(1, 24, dtype=sources[0][1].dtype))
+    for _, source in sources:
+        source.add_(noise(source))
+
+
 def reorder(model):
     for layer in model:
         rows, columns = layer.A.shape
@@ -170,6 +180,7 @@ WRITES = {
     ".data": each(lambda p: p.data.add_(noise(p))),
     "a kept .data": lambda model: [d.add_(noise(d)) for d in [p.data for p in model.parameters()]],
     "assigned .data": assign_data,
+    "the tensor that .data was set to": through_the_source,
     "the same memory in another order": reorder,
     "an alias": each(lambda p: p.detach().mul_(1.5)),
     "out=": each(lambda p: torch.mul(p, 1.5, out=p)),

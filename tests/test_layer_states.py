@@ -213,6 +213,17 @@ def test_adapters_alone_or_in_part_are_no_start(make):
     assert torch.equal(model(torch.arange(60)), trained(torch.arange(60)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_low_precision_are_loaded_as_fp32(make, kind, adapter):
+    model, x = make(kind, adapter)
+    state = {key: tensor.bfloat16() for key, tensor in model.state_dict().items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    assert model[0].weight.dtype == torch.bfloat16
+    assert all(t.dtype == torch.float32 for t in model[0].tensors().values())
+    model(x if kind == "embedding" else x.bfloat16()).sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in sa.adapter_parameters(model))
+
+
 # -- inference mode --------------------------------------------------------------------------------
 
 

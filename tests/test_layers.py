@@ -173,7 +173,13 @@ def test_overrides(net):
         ({"dwn": {"rank": 2}}, ValueError, r"overrides 'dwn' matches no .* \(near: blocks.0.down"),
         ({"lm_head": {"rank": 2}}, ValueError, "'lm_head' matches lm_head, a Linear: not in the t"),
         ({"up": {"rnk": 2}}, TypeError, r"overrides\['up'\]: LoRA has no rnk, only rank, alpha"),
-        ({"up": {"rank": 0}}, ValueError, "rank must be a positive integer"),
+        (
+            {"up": {"rank": 0}},
+            ValueError,
+            r"overrides\['up'\]: LoRA: rank must be a posit",
+        ),
+        ({"up": 5}, TypeError, r"overrides\['up'\] must be like {'rank': 32}, got 5"),
+        (["up"], TypeError, r"overrides must map patterns to fields .*, got \['up'\]"),
     ],
 )
 def test_overrides_that_are_refused(net, overrides, error, words):

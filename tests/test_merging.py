@@ -69,9 +69,64 @@ def test_it_warns_below_99_percent_and_refuses_below_50(merge):
     assert torch.equal(model[0].weight, before) and model[0].base_weight is None
 
 
-def test_no_update_is_no_loss():
-    model = adapted(torch.bfloat16, 0.0)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", [sa.LoRA, sa.DoRA, sa.QuanTA])
+def test_no_update_is_no_loss(kind, dtype):
+    model = sa.adapt(nn.Sequential(nn.Linear(64, 64, dtype=dtype)), kind())
     assert sa.merge(model, report=True).survives == 1
+
+
+def test_fp32_is_watched_without_a_report_too():
+    model = adapted(torch.float32, 1e-8)
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match="% of its update of relative size 1.0e-08 survives"):
+        sa.merge(model)
+    assert torch.equal(model[0].weight, before)
+    with sa.merged(model, residual=True):
+        pass
+
+
+@pytest.mark.parametrize("dtype, size", [(torch.float16, 1e-5), (torch.float32, 1e-8)], ids=str)
+def test_a_residual_is_measured_with_the_weight(dtype, size):
+    model = adapted(dtype, size)
+    update = model[0].delta_weight().double()
+    lost = sa.merge(model, report=True, force=True).survives
+    sa.unmerge(model)
+    kept = sa.merge(model, report=True, residual=True, force=True).survives
+    assert lost < 0.5 < kept
+    held = model[0].weight.double() - model[0].base_weight.double() + model[0].residual.double()
+    by_hand = (held * update).sum() / update.square().sum()
+    assert math.isclose(kept, by_hand, rel_tol=1e-3)
+
+
+def test_a_residual_that_its_dtype_cannot_hold_is_refused():
+    model = adapted(torch.float16, 1e-7)
+    with pytest.raises(ValueError, match="0: 0% of its update .*run it unmerged, or pass force=T"):
+        sa.merge(model, residual=True)
+
+
+@pytest.mark.parametrize("merge", [sa.merge, lambda model: sa.merged(model).__enter__()])
+def test_the_warning_points_at_who_merges(merge):
+    with pytest.warns(UserWarning, match="survives rounding") as said:
+        merge(adapted(torch.bfloat16, 1e-3))
+    assert [w.filename for w in said] == [__file__]
+
+
+def test_the_meta_device_has_nothing_to_merge():
+    model = sa.adapt(nn.Sequential(nn.Linear(4, 4, device="meta")), sa.LoRA(rank=2))
+    with pytest.raises(RuntimeError, match="0 is on the meta device: load the base weights first"):
+        sa.merge(model)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_dict_taken_while_merged_is_not_loaded_into_an_adapted_model(net, strict):
+    """The update would count twice."""
+    sa.adapt(net, sa.LoRA(rank=2))
+    with sa.merged(net):
+        state = net.state_dict()
+    with pytest.raises(RuntimeError, match="blocks.0.attn: this state dict was taken .*twice"):
+        net.load_state_dict(state, strict=strict)
+    assert net.load_state_dict(net.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["linear", "embedding", "conv"])

@@ -73,7 +73,9 @@ def test_laws_over_a_quantised_base(quantised, adapter, tmp_path, train_a_little
     x = torch.randn(5, 64)
     base = copy.deepcopy(model)
     expected = model(x)
+    plan = sa.plan(model, adapter, dequantize=hook)
     sa.adapt(model, adapter, dequantize=hook)
+    assert sa.summary(model) == plan
     assert torch.equal(model(x), expected), "the start is the quantised model, bit for bit"
     train_a_little(model)
     layer = model[0]

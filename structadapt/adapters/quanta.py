@@ -96,10 +96,12 @@ class QuanTA(Adapter):
             return out_axes, in_axes
         if self.out_axes is not None:
             for axes, width in ((self.axes, in_features), (self.out_axes, out_features)):
-                if not width <= math.prod(axes) < 2 * width:
+                # Beyond a slab of the first two axes some gate parameters would meet zeros alone.
+                if not width <= math.prod(axes) < width + math.prod(axes[2:]):
                     raise ValueError(
                         f"QuanTA: axes {times(axes)} make {math.prod(axes)} for a side of {width} "
-                        f"of a layer {shape}; give sizes that make it, or a little more"
+                        f"of a layer {shape}; give sizes that make it, or less than "
+                        f"{math.prod(axes[2:])} more"
                     )
             return self.out_axes, self.axes
         width = math.prod(self.axes)

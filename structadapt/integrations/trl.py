@@ -13,16 +13,15 @@ is trained. Keep `vllm_importance_sampling_correction` on.
 Do not adapt the output head: TRL computes log-probabilities from its weight and never calls it.
 """
 
-import copy
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from trl.generation.vllm_generation import VLLMGeneration
 
-from structadapt.adapted import Adapted
+from structadapt.adapted import Adapted, whole
 from structadapt.layers import find_adapted, plain_name, unwrapped
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -58,10 +57,10 @@ def merged_named_parameters(
         name = plain_name(name)
         if layer is None:
             with gather([parameter]):
-                yield name, _whole(parameter.data)
+                yield name, whole(parameter.data)
             continue
         with gather([parameter, *layer.trained_tensors()]):
-            merged = _adapted_weight(layer)
+            merged = layer.adapted_weight().to(layer.frozen_weight.dtype)
             if not torch.isfinite(merged).all():
                 raise ValueError(f"{layer_name}: the merged weight is not finite; not sent")
             yield name, merged
@@ -101,18 +100,3 @@ def _refuse_shared(model: nn.Module, layers: dict[str, Adapted]) -> None:
                     f"{owner} and {name} share a weight: vLLM would change both. Untie them "
                     "(tie_word_embeddings=False), or exclude the layer"
                 )
-
-
-def _adapted_weight(layer: Adapted) -> Tensor:
-    """W' of a layer as it is stored, in the dtype of W; of a sharded layer too."""
-    if any(hasattr(t, "full_tensor") for t in [layer.weight, *layer.tensors().values()]):
-        twin = copy.copy(layer)  # has the same attributes, and below its own tensors
-        for home in ("_parameters", "_buffers"):
-            tensors = getattr(layer, home).items()
-            twin.__dict__[home] = {k: None if t is None else _whole(t) for k, t in tensors}
-        layer = twin
-    return layer.adapted_weight().to(layer.frozen_weight.dtype)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from structadapt.adapted import Adapted
+from structadapt.adapted import MERGED, Adapted
 from structadapt.interop.folders import refuse_foreign, whole_folder
 from structadapt.interop.state import finite_tensors, refuse_sharded
 from structadapt.layers import adapted_layers, plain_name, unwrapped
@@ -117,7 +117,7 @@ class _Merge:
         first_names = {layer: name for name, layer in self.layers.items()}
         for alias, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, Adapted):
-                adapters |= {_key(plain_name(alias), k) for k in module.tensor_names}
+                adapters |= {_key(plain_name(alias), k) for k in (*module.tensor_names, MERGED)}
                 for kind in ("weight", "bias"):
                     self.owners[_key(plain_name(alias), kind)] = (first_names[module], kind)
         state = {plain_name(key): tensor for key, tensor in model.state_dict().items()}

@@ -38,7 +38,7 @@ from structadapt.interop.peft_config import (
 )
 from structadapt.layers import adaptable_layers, matrix_shape
 from structadapt.ops import wide_dtype
-from structadapt.surgery import refuse_wrong_order
+from structadapt.refusals import refuse_wrong_order
 from structadapt.targets import near
 
 MAGNITUDE = "lora_magnitude_vector"
