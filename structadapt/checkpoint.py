@@ -11,8 +11,6 @@ entry, "structadapt", a JSON object:
 import hashlib
 import json
 import os
-import secrets
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 
 from structadapt.adapted import Adapted, whole
 from structadapt.adapters.base import Adapter
+from structadapt.files import write_atomically
 from structadapt.layers import (
     adaptable_layers,
     adapted_layers,
@@ -144,16 +143,23 @@ def fill(model: nn.Module, saved: "dict[str, SavedLayer]") -> None:
 
 
 def fingerprint(W: Tensor) -> str:
-    """A short digest of a weight (out, in): its shape and a sample of its values, rounded to bf16,
-    so that it is the same for a base that is kept in another dtype."""
+    """Two short digests of a weight (out, in), of its shape and a sample of its values: rounded to
+    bf16, and rounded to fp16 before. A base that is kept in another dtype has one of them too."""
     W = whole(W.detach())
     step = max(1, W.numel() // SAMPLE) | 1  # odd, or it could meet a few columns alone
     places = torch.arange(0, W.numel(), step, device=W.device)
-    values = W[places // W.shape[1], places % W.shape[1]].to("cpu", torch.bfloat16)
-    digest = hashlib.sha256(
-        str(tuple(W.shape)).encode() + values.view(torch.int16).numpy().tobytes()
-    )
-    return digest.hexdigest()[:16]
+    values = W[places // W.shape[1], places % W.shape[1]].cpu()
+    shape = str(tuple(W.shape)).encode()
+    digests = [
+        hashlib.sha256(shape + v.bfloat16().view(torch.int16).numpy().tobytes()).hexdigest()[:16]
+        for v in (values, values.half())
+    ]
+    return "-".join(digests)
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints have a digest in common."""
+    return bool({*one.split("-")} & {*other.split("-")})
 
 
 @dataclass(frozen=True)
@@ -185,7 +191,9 @@ def read_adapters(path: str | os.PathLike[str]) -> dict[str, SavedLayer]:
         header_size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__", {})
     if "structadapt" not in metadata:
-        raise AdapterFileError(f"{path} is no structadapt adapter file: its metadata do not say so")
+        raise AdapterFileError(
+            f"{path} is no structadapt adapter file (one of PEFT is loaded by its folder)"
+        )
     try:
         header = json.loads(metadata["structadapt"])
         if header["format"] != FORMAT:
@@ -220,32 +228,6 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """All tensors of a safetensors file. AdapterFileError if it is truncated or damaged."""
     with _whole(path):
         return safetensors.torch.load_file(path)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that `path` holds its old content or all of `data`, even after a crash.
-
-    A file that exists keeps its mode; a link keeps pointing.
-    """
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # this call's alone
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
 
 @contextmanager
@@ -310,7 +292,7 @@ def _difference(
             found, given = (", ".join(sorted(t)) for t in (layer.tensors(), saved.tensors))
             return f"{name} has the tensors {found}, the file {given}"
     compared = check_base and saved.base is not None and not cast(Tensor, layer.weight).is_meta
-    if compared and fingerprint(matrix_of(layer)) != saved.base:
+    if compared and not same_base(fingerprint(matrix_of(layer)), cast(str, saved.base)):
         return (
             f"{name} has another base weight than the one that this adapter was saved over: load "
             "the right base, or pass check_base=False"

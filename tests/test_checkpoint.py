@@ -274,11 +274,19 @@ def test_savers_to_one_place_do_not_meet(net, tmp_path):
 def test_another_base_is_refused(saved, ids):
     base, path = saved
     assert sa.load(copy.deepcopy(base).bfloat16(), path)
+    assert sa.load(copy.deepcopy(base).half(), path)
     other = copy.deepcopy(base)
     with torch.no_grad():
         other.blocks[1]["up"].weight.mul_(1.01)
     refuse(other, path, "blocks.1.up has another base weight than the one that this adapter")
     assert sa.load(other, path, check_base=False) is other
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_a_base_is_the_same_in_another_dtype(net, tmp_path, cast):
+    bare = copy.deepcopy(net)
+    sa.save(sa.adapt(getattr(net, cast)(), sa.LoRA(rank=2)), tmp_path / "a")
+    assert sa.load(bare, tmp_path / "a")
 
 
 def test_a_trained_bias_is_saved(net, ids, tmp_path):

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -401,6 +402,43 @@ def adapters_of_a_sharded_model_are_saved_whole(folder):
             assert trained.keys() <= state.keys()
             assert all(torch.equal(state[n], p) for n, p in trained.items())
             assert all(".frozen_" in n for n in state.keys() - trained.keys())
+
+
+@check
+def updates_of_a_sharded_model_are_whole(folder):
+    for adapter in ADAPTERS:
+        plain, model = adapted(adapter), shard(adapted(adapter))
+        expected, found = dict(sa.delta_weights(plain)), dict(sa.delta_weights(model))
+        assert expected.keys() == found.keys()
+        for name, delta in found.items():
+            assert type(delta) is torch.Tensor
+            torch.testing.assert_close(delta, expected[name])
+
+
+@check
+def distributed_checkpoints_become_one_file_and_are_refused_in_part(folder):
+    model = shard(adapted(ADAPTERS[1]))
+    dcp.async_save(get_model_state_dict(model), checkpoint_id=folder / "dcp_one").result()
+    dist.barrier()
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if dist.get_rank() == 0:
+        dcp_to_torch_save(folder / "dcp_one", folder / "one.pt")
+        state = torch.load(folder / "one.pt", weights_only=True)
+        assert state.keys() == whole.keys() and all(torch.equal(state[k], whole[k]) for k in whole)
+        plain = adapted(ADAPTERS[1])
+        for p in sa.adapter_parameters(plain):
+            p.data.zero_()
+        plain.load_state_dict(state)
+        identical(sa.adapter_parameters(plain), sa.adapter_parameters(adapted(ADAPTERS[1])))
+        shard_file = max((folder / "dcp_one").glob("*.distcp"))
+        shard_file.write_bytes(shard_file.read_bytes()[:100])
+    dist.barrier()
+    try:
+        dcp.load(get_model_state_dict(model), checkpoint_id=folder / "dcp_one")
+    except dcp.api.CheckpointException:
+        pass
+    else:
+        raise AssertionError("a truncated shard was loaded")
 
 
 @check

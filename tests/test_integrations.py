@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import os
+import pickle
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -45,6 +46,7 @@ from structadapt.integrations.trl import (
     merged_named_parameters,
     sync_merged_weights,
 )
+from structadapt.layers import find_adapted
 
 pytestmark = [
     # peft asks transformers for it by the old name; TRL's own default sets it by the old name
@@ -244,6 +246,40 @@ def test_a_failed_write_leaves_no_checkpoint_behind(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".checkpoint-*"))
 
 
+def test_checkpoints_of_another_run_are_left_alone_and_warned_of(tmp_path):
+    (tmp_path / "checkpoint-100").mkdir()
+    model = sa.adapt(llama(), sa.LoRA(rank=2))
+    with pytest.warns(UserWarning, match="holds checkpoint-100 of another run.*output_dir of its"):
+        train(model, tmp_path, [AdapterCheckpoint(every=2, keep=1)], steps=4)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-100", "checkpoint-4"]
+
+
+def other_base():
+    model = llama()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    return sa.adapt(model, sa.LoRA(rank=2))
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (other_base, "q_proj has another base weight"),
+        (
+            lambda: sa.adapt(llama(), sa.LoRA(rank=2, alpha=3.0)),
+            r"has LoRA\(rank=2, alpha=3",
+        ),
+    ],
+    ids=["base", "alpha"],
+)
+def test_a_resume_of_what_is_not_the_models_is_refused(make, words, tmp_path):
+    """Trainer itself looks at names and shapes alone."""
+    train(sa.adapt(llama(), sa.LoRA(rank=2)), tmp_path, [AdapterCheckpoint(every=2)], steps=2)
+    with pytest.raises(ValueError, match=words):
+        train(make(), tmp_path, [AdapterCheckpoint(every=2)], resume=True)
+
+
 def test_checkpoints_refuse_what_they_cannot_do(tmp_path):
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         AdapterCheckpoint(every=0)
@@ -409,7 +445,10 @@ class Recorded(GRPOTrainer):
         return output
 
 
-def grpo(model, folder, resume=None, steps=3, beta=0.0, **options):
+def grpo(
+    model, folder, resume=None, steps=3, beta=0.0, bf16=False, gradient_checkpointing=False,
+    **options,
+):  # fmt: skip
     arguments = GRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=4,
@@ -419,8 +458,8 @@ def grpo(model, folder, resume=None, steps=3, beta=0.0, **options):
         beta=beta,
         learning_rate=1e-2,
         use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
@@ -446,6 +485,15 @@ def test_grpo_trains_a_plain_adapted_model(kind, tmp_path):
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert len(rewards) == 3 and len({*rewards}) > 1
     assert base_is_untouched(model) and not same(before, adapters(model))
+
+
+def test_grpo_with_the_defaults_of_trl(tmp_path):
+    """bf16 and gradient checkpointing."""
+    model = sa.adapt(llama(), sa.DoRA(rank=4))
+    before = adapters(model)
+    grpo(model, tmp_path, steps=2, bf16=True, gradient_checkpointing=True)
+    assert base_is_untouched(model) and not same(before, adapters(model))
+    assert all(p.dtype == torch.float32 for p in sa.adapter_parameters(model))
 
 
 @every_kind
@@ -579,6 +627,32 @@ def test_save_and_from_pretrained(kind, low_cpu_mem_usage, tmp_path, train_a_lit
     assert len(layers) == 6 and not any("down_proj" in name for name in layers)
     trained = [p.requires_grad for p in sa.adapter_parameters(again.get_base_model())]
     assert all(trained) if low_cpu_mem_usage else not any(trained)
+
+
+def test_a_folder_over_another_base_is_refused(tmp_path, train_a_little):
+    config = StructAdaptConfig(adapter=sa.DoRA(rank=4), task_type="CAUSAL_LM")
+    model = peft.get_peft_model(llama(), config)
+    model.save_pretrained(tmp_path)
+    assert not config.base_fingerprints, "the caller's configuration is for other models too"
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="up_proj has another base weight.*base_fingerprints={}"):
+        peft.PeftModel.from_pretrained(other, tmp_path)
+    assert not find_adapted(other)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    config.base_fingerprints = {}
+    assert peft.PeftModel.from_pretrained(other, tmp_path, config=config)
+
+
+@every_kind
+def test_a_model_in_pefts_clothes_is_pickled(kind, train_a_little):
+    model = bridged(kind)
+    train_a_little(model.get_base_model(), scale=0.02)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(again), logits(model))
+    assert same(adapters(again.get_base_model()), adapters(model.get_base_model()))
+    assert again.merge_and_unload()
 
 
 @every_kind
@@ -720,6 +794,22 @@ def test_merged_weights_have_the_base_names(kind, dtype, train_a_little):
     with sa.merged(model):  # the same from a merged model
         again = list(merged_named_parameters(model))
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors, again, strict=True))
+
+
+def test_a_trained_bias_is_sent_with_the_bias():
+    model = sa.adapt(nn.Sequential(nn.Linear(8, 6)), sa.LoRA(rank=2))
+    layer = model[0]
+    layer.delta_bias = nn.Parameter(torch.full((6,), 0.3))
+    layer.tensor_names = (*layer.tensor_names, "delta_bias")
+    twin = nn.Sequential(nn.Linear(8, 6))
+    tensors = dict(merged_named_parameters(model))
+    assert not torch.equal(tensors["0.bias"], layer.bias)
+    twin.load_state_dict(tensors)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(twin(x), model(x))
+    layer.bias = None
+    with pytest.raises(ValueError, match="0 has a delta_bias and no bias to add it to"):
+        next(merged_named_parameters(model))
 
 
 def test_merged_weights_of_wrapped_models(train_a_little):

@@ -219,6 +219,10 @@ IMPORTS = {
     "patterns, rsLoRA": (llama, {**PATTERNS, "use_rslora": True}),
     "expression": (llama, {"target_modules": r".*\.1\..*(q_proj|up_proj)"}),
     "some layers": (llama, {**ATTENTION, "layers_to_transform": [1]}),
+    "one layer, by pattern": (
+        llama,
+        {**ATTENTION, "layers_to_transform": 0, "layers_pattern": "layers"},
+    ),
     "all but": (llama, {**ATTENTION, "exclude_modules": ["0.self_attn.q_proj"]}),
     "lora_bias, no bias": (llama, {**ATTENTION, "lora_bias": True}),
     "head": (llama, {"target_modules": ["lm_head", "o_proj"]}),
@@ -535,6 +539,9 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
         ({"rank_pattern": [2]}, r"rank_pattern is \[2\]"),
         ({"alpha_pattern": {"(": 2}}, r"'.*\(.*' is not a regular expression"),
         ({"target_modules": [1]}, r"target_modules is \[1\]"),
+        ({"use_rslora": "false"}, "use_rslora is 'false'"),
+        ({"layers_to_transform": "1"}, "layers_to_transform is '1'"),
+        ({"layers_to_transform": [1]}, "0.mlp.down_proj has tensors, and target_modules leaves"),
         ({"target_modules": ["q_proj"]}, "0.mlp.down_proj has tensors, and target_modules leaves"),
         (
             {"target_modules": ["q_proj", "v_proj", "down_proj", "up_proj"]},
@@ -583,6 +590,12 @@ def test_tensors_that_do_not_fit_are_refused(folder_of, tensors, words):
         load_peft(llama(), folder)
     else:
         refuse(folder, words)
+
+
+def test_a_layer_that_is_missing_among_some_layers_is_refused(folder_of):
+    folder = folder_of(**ATTENTION, layers_to_transform=[0, 1])
+    rewrite(folder, tensors={k: None for k in read(folder)[1] if ".1.self_attn.v_proj." in k})
+    refuse(folder, "target_modules names model.layers.1.self_attn.v_proj, which has no tensors")
 
 
 def test_damaged_folders_are_refused(folder_of, tmp_path):
@@ -930,6 +943,11 @@ def test_what_cannot_be_merged_is_refused(net, tmp_path):
         q_proj.B[0, 0] = 1e6
         q_proj.A[0, 0] = 1e6
     words = "1.self_attn.q_proj: the merged weight is not finite in torch.float16"
+    refuse_export(model, out, words, export=export_merged, dtype=torch.float16)
+    with torch.no_grad():
+        q_proj.B[0, 0] = q_proj.A[0, 0] = 0.0
+        model.model.norm.weight[0] = 1e6
+    words = "model.norm.weight is not finite in torch.float16"
     refuse_export(model, out, words, export=export_merged, dtype=torch.float16)
     with torch.no_grad():
         q_proj.B[0, 0] = torch.nan

@@ -30,7 +30,6 @@ from torch import nn
 
 import structadapt as sa
 from structadapt.adapters import Adapter
-from structadapt.checkpoint import write_atomically
 from structadapt.examples import show, tiny_lm
 from structadapt.examples.options import (
     Settings,
@@ -39,6 +38,7 @@ from structadapt.examples.options import (
     new_directory,
 )
 from structadapt.examples.process import first_interrupt, peak_memory_mib
+from structadapt.files import write_atomically
 from structadapt.layers import find_adapted
 
 EVAL_EVERY = 16  # steps

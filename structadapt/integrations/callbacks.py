@@ -8,10 +8,10 @@ public hooks and the layout of a checkpoint on disk, and leaves Trainer's own sa
 writes the whole base model of a plain model.
 """
 
-import os
 import random
 import secrets
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from structadapt.checkpoint import save
+from structadapt.checkpoint import is_adapter_file, read_adapters, refuse_misfit, save
+from structadapt.files import sync
 from structadapt.integrations.guard import NonFiniteGradientError, NonFiniteGuard
-from structadapt.layers import find_adapted
+from structadapt.layers import find_adapted, unwrapped
 
 __all__ = ["AdapterCheckpoint", "NonFiniteGradientError", "NonFiniteGuard"]
 
@@ -37,11 +38,14 @@ class AdapterCheckpoint(TrainerCallback):
     adapter_model.safetensors as PEFT writes it). Written beside and renamed: a directory named
     checkpoint-N is whole, whatever happens.
 
-    Only the newest `keep` are kept, all with None. Evaluation draws from the random generators, so
-    a step that is evaluated is saved after it.
+    Only the newest `keep` are kept, all with None; checkpoints of later steps, which another run
+    has left, are not touched, and warned of. Evaluation draws from the random generators, so a step
+    that is evaluated is saved after it.
 
     Raises ValueError when training begins with Trainer's own saving on, or under FSDP or DeepSpeed,
     whose shards only Trainer can save: there use the PEFT bridge and `save_strategy`.
+    AdapterFileError (a ValueError) when it resumes from a checkpoint in `output_dir` whose adapters
+    are damaged, others than the model's or were trained over another base.
     """
 
     def __init__(self, every: int = 500, keep: int | None = 3) -> None:
@@ -69,6 +73,16 @@ class AdapterCheckpoint(TrainerCallback):
                 "(structadapt.integrations.peft_tuner) with Trainer's own save_strategy"
             )
         self._due, self._written = False, state.global_step
+        root = Path(args.output_dir or ".")
+        if state.global_step:
+            _refuse_other_adapters(model, root / f"checkpoint-{state.global_step}" / WEIGHTS)
+        later = [path.name for step, path in _checkpoints(root) if step > state.global_step]
+        if later:
+            warnings.warn(
+                f"{root} holds {', '.join(later)} of another run, from which "
+                "resume_from_checkpoint=True would go on: use an output_dir of its own",
+                stacklevel=2,
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,19 +126,29 @@ class AdapterCheckpoint(TrainerCallback):
         _barrier(args.world_size)
         if args.should_save:
             _publish(temporary, final)
-            self._forget(root)
+            self._forget(root, state.global_step)
         _barrier(args.world_size)
 
-    def _forget(self, root: Path) -> None:
-        """Remove all checkpoints but the newest."""
-        numbered = {p: p.name.removeprefix("checkpoint-") for p in root.glob("checkpoint-*")}
-        paths = sorted(
-            (p for p, n in numbered.items() if n.isdigit()), key=lambda p: int(numbered[p])
-        )
+    def _forget(self, root: Path, step: int) -> None:
+        """Remove all checkpoints up to this step but the newest."""
+        paths = [path for number, path in _checkpoints(root) if number <= step]
         for path in paths[: -self.keep] if self.keep else []:
             hidden = path.with_name(f".{path.name}.old")  # never half there under its name
             path.rename(hidden)
             shutil.rmtree(hidden)
+
+
+def _checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """(step, path), earliest first."""
+    numbered = [(path.name.removeprefix("checkpoint-"), path) for path in root.glob("checkpoint-*")]
+    return sorted((int(number), path) for number, path in numbered if number.isdigit())
+
+
+def _refuse_other_adapters(model: torch.nn.Module, path: Path) -> None:
+    """AdapterFileError if Trainer, which checks names and shapes alone, has loaded what is not the
+    model's. A PeftModel checks its own."""
+    if path.is_file() and is_adapter_file(path):
+        refuse_misfit(unwrapped(model), read_adapters(path), path)
 
 
 def _write_training(folder: Path, state: TrainerState, **kwargs: Any) -> None:
@@ -157,7 +181,7 @@ def _write_rng(folder: Path, args: TrainingArguments) -> None:
 def _publish(temporary: Path, final: Path) -> None:
     """Give a whole directory its name; it survives a crash of the machine from here on."""
     for path in (*temporary.rglob("*"), temporary):
-        _sync(path)
+        sync(path)
     if final.exists():  # written before an interruption, and again now
         old = final.with_name(f".{final.name}.old")
         final.rename(old)
@@ -165,17 +189,7 @@ def _publish(temporary: Path, final: Path) -> None:
         shutil.rmtree(old)
     else:
         temporary.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):  # Windows
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def _shared_name(stem: str, world_size: int) -> str:

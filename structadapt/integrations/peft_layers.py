@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from structadapt.adapted import Adapted
+from structadapt.layers import adapted_class
 
 # Code that reads a merged PeftModel leaves out the names that contain the method's prefix.
 PREFIX = "structadapt_"
@@ -83,7 +84,20 @@ BaseTunerLayer.register(TunerLayer)
 @cache
 def tuner_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class of an adapted layer with TunerLayer mixed in."""
-    return type(f"Peft{cls.__name__}", (TunerLayer, cls), {"__module__": cls.__module__})
+    own = {"__module__": cls.__module__, "__reduce_ex__": _reduce}
+    return type(f"Peft{cls.__name__}", (TunerLayer, cls), own)
+
+
+def _reduce(layer: Adapted, protocol: Any) -> Any:
+    """How a layer is pickled whose class was made here and has no name to be found by."""
+    return _blank, (layer.plain, layer.is_quantised), layer.__getstate__()
+
+
+def _blank(plain: type[nn.Module], quantised: bool) -> nn.Module:
+    adapted = adapted_class(plain, quantised)
+    assert adapted is not None
+    kind = tuner_class(adapted)
+    return kind.__new__(kind)
 
 
 def make_tuner_layer(

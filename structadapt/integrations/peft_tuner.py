@@ -30,7 +30,7 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from structadapt.adapters.base import Adapter
-from structadapt.checkpoint import AdapterFileError
+from structadapt.checkpoint import AdapterFileError, fingerprint, same_base
 from structadapt.integrations.peft_layers import (
     PREFIX,
     TunerLayer,
@@ -38,7 +38,7 @@ from structadapt.integrations.peft_layers import (
     make_tuner_layer,
     restore,
 )
-from structadapt.layers import find_adapted
+from structadapt.layers import adaptable_layers, find_adapted, matrix_of
 from structadapt.merging import merge, unmerge
 from structadapt.surgery import adapt
 
@@ -76,6 +76,8 @@ class StructAdaptConfig(PeftConfig):
     exclude_modules: str | list[str] = dataclasses.field(default_factory=list)
     seed: int = 0
     modules_to_save: list[str] | None = None  # known to PEFT, refused here
+    # of the frozen weight of each layer, written when a model is adapted; compared if given
+    base_fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,6 +116,18 @@ def _texts(patterns: str | Iterable[str], role: str) -> str | list[str]:
             "to adapter_config.json"
         )
     return sorted(patterns) if isinstance(patterns, set | frozenset) else list(patterns)
+
+
+def _refuse_other_base(model: nn.Module, fingerprints: dict[str, str]) -> None:
+    """AdapterFileError for a model whose weights are not those that adapters were saved over."""
+    for name, layer in adaptable_layers(model).items():
+        if name not in fingerprints or cast(Tensor, layer.weight).is_meta:
+            continue
+        if not same_base(fingerprint(matrix_of(layer)), fingerprints[name]):
+            raise AdapterFileError(
+                f"{name} has another base weight than the one that this adapter was saved over: "
+                "load the right base, or pass a config with base_fingerprints={}"
+            )
 
 
 # -- the tuner -------------------------------------------------------------------------------------
@@ -156,6 +170,7 @@ class StructAdaptModel(BaseTuner):
                 "trainer the bare model and peft_config=...: its reference is then the base model"
             )
         config = cast(StructAdaptConfig, self.peft_config[adapter_name])
+        _refuse_other_base(model, config.base_fingerprints)
         before = {name: (type(m), {*m.__dict__}) for name, m in model.named_modules()}
         targets, excluded = config.target_modules, config.exclude_modules
         adapt(model, config.build(), targets, excluded, seed=config.seed)
@@ -163,6 +178,10 @@ class StructAdaptModel(BaseTuner):
         for name, layer in layers.items():
             own_class, attributes = before[name]
             make_tuner_layer(layer, own_class, {*layer.__dict__} - attributes, adapter_name)
+        # A copy: the caller's configuration may be for another model too.
+        found = {name: fingerprint(m.matrix()) for name, m in layers.items() if not m.pending}
+        config = dataclasses.replace(config, base_fingerprints=found or config.base_fingerprints)
+        self.peft_config[adapter_name] = config
         self.targeted_module_names = list(layers)
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 

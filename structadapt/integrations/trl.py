@@ -15,7 +15,7 @@ Do not adapt the output head: TRL computes log-probabilities from its weight and
 
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 def merged_named_parameters(
     model: nn.Module, gather: Gather = lambda parameters: nullcontext()
 ) -> Generator[tuple[str, Tensor], None, None]:
-    """(name, tensor) of every parameter that the base model has, with W' in the place of W.
+    """(name, tensor) of every parameter that the base model has, with W' in the place of W, and the
+    bias with what was added to it.
 
     Names are the base model's own: those that DistributedDataParallel, torch.compile, activation
     checkpointing and PeftModel add are left out, and so are adapter tensors. W' is computed in at
@@ -42,19 +43,27 @@ def merged_named_parameters(
     gather: a context in which the given parameters are whole (DeepSpeed ZeRO-3). DTensors
         (FSDP2) are gathered here; every rank must iterate.
 
-    Raises ValueError, at the first tensor, if an adapted weight is shared with another module; when
-    its turn comes, if a W' is not finite.
+    Raises ValueError, at the first tensor, if an adapted weight is shared with another module or a
+    trained bias has no bias to be added to; when its turn comes, if a W' is not finite.
     """
     model = unwrapped(model)
     layers = find_adapted(model)
     _refuse_shared(model, layers)
+    _refuse_lone_bias(layers, gather)
     owners = {id(layer.weight): (name, layer) for name, layer in layers.items()}
+    biased = {id(m.bias): m for m in layers.values() if "delta_bias" in m.tensor_names}
     ours = {id(t) for layer in layers.values() for t in layer.tensors().values()}
     for name, parameter in model.named_parameters():
         if id(parameter) in ours:
             continue
         layer_name, layer = owners.get(id(parameter), (name, None))
         name = plain_name(name)
+        if id(parameter) in biased:
+            delta = biased[id(parameter)].tensors()["delta_bias"]
+            with gather([parameter, cast(nn.Parameter, delta)]):
+                total = whole(parameter.detach()) + whole(delta.detach())
+                yield name, total.to(parameter.dtype)
+            continue
         if layer is None:
             with gather([parameter]):
                 yield name, whole(parameter.data)
@@ -88,6 +97,18 @@ class MergedVLLMGeneration(VLLMGeneration):
 
     def _iter_named_params(self) -> Generator[tuple[str, Tensor], None, None]:
         yield from merged_named_parameters(self.model, self._dist.gather_params)
+
+
+def _refuse_lone_bias(layers: dict[str, Adapted], gather: Gather) -> None:
+    for name, layer in layers.items():
+        if layer.bias is None and "delta_bias" in layer.tensor_names:
+            delta = cast(nn.Parameter, layer.tensors()["delta_bias"])
+            with gather([delta]):
+                if whole(delta.detach()).any():
+                    raise ValueError(
+                        f"{name} has a delta_bias and no bias to add it to: vLLM's model has no "
+                        "place for it"
+                    )
 
 
 def _refuse_shared(model: nn.Module, layers: dict[str, Adapted]) -> None:

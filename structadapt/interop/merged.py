@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from structadapt.adapted import MERGED, Adapted
-from structadapt.interop.folders import refuse_foreign, whole_folder
+from structadapt.files import refuse_foreign, whole_folder
 from structadapt.interop.state import finite_tensors, refuse_sharded
 from structadapt.layers import adapted_layers, plain_name, unwrapped
 from structadapt.merging import REFUSE_BELOW, WARN_BELOW, survival
@@ -144,13 +144,13 @@ class _Merge:
         """One tensor of the merged model, in its dtype; the model's own where nothing changes."""
         tensor, dtype = self.state[key], self.dtype_of(key)
         if key not in self.owners:
-            return tensor.to(dtype)
+            return self._cast(key, tensor)
         name, kind = self.owners[key]
         if kind == "bias":
             delta_bias = self.layers[name].tensors().get("delta_bias")
-            if delta_bias is None:
-                return tensor.to(dtype)
-            return (tensor.to(delta_bias.dtype) + delta_bias).to(dtype)
+            if delta_bias is not None:
+                tensor = tensor.to(delta_bias.dtype) + delta_bias
+            return self._cast(key, tensor)
         merged = self.layers[name].adapted_weight().to(dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"{name}: the merged weight is not finite in {dtype}: not exported")
@@ -162,6 +162,12 @@ class _Merge:
                 "the base model"
             )
         return merged
+
+    def _cast(self, key: str, tensor: Tensor) -> Tensor:
+        cast = tensor.to(self.dtype_of(key))
+        if cast.dtype != tensor.dtype and not torch.isfinite(cast).all():
+            raise ValueError(f"{key} is not finite in {cast.dtype}: not exported")
+        return cast
 
     def warn(self) -> None:
         """One warning for all layers that lose much of their update to the rounding."""

@@ -93,13 +93,28 @@ class PeftConfig:
     def targets(self, names: Iterable[str]) -> list[str] | None:
         """Those of `names` that target_modules selects; None if that cannot be told."""
         target = self["target_modules"]
-        unlisted = ("layers_to_transform", "ensure_weight_tying")  # leave out or add layers
-        if target in (None, "all-linear") or any(
-            self[key] not in (None, False) for key in unlisted
-        ):
+        if target in (None, "all-linear") or self["ensure_weight_tying"]:  # which adds layers
             return None
         excluded = self["exclude_modules"] or []
-        return [n for n in names if self._selects(target, n) and not self._selects(excluded, n)]
+        return [
+            name
+            for name in names
+            if self._selects(target, name)
+            and not self._selects(excluded, name)
+            and (isinstance(target, str) or self._transforms(name))
+        ]
+
+    def _transforms(self, name: str) -> bool:
+        """Whether layers_to_transform has the number of the layer's block: what follows the last
+        name of layers_pattern that occurs, or without one the last number in the path."""
+        wanted, patterns = self["layers_to_transform"], self["layers_pattern"] or r"[^.]*"
+        if wanted in (None, []):
+            return True
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            found = self._regex(re.match, rf".*\.{pattern}\.(\d+)\.", name)
+            if found:
+                return int(found[1]) in (wanted if isinstance(wanted, list) else [wanted])
+        return False
 
     def _selects(self, target: str | list[str], name: str) -> bool:
         """A list names whole paths or what follows a dot; a text is a regular expression."""
@@ -158,9 +173,13 @@ def _refuse_types(config: PeftConfig) -> None:
         "alpha_pattern": dict,
         "target_modules": (str, list),
         "exclude_modules": (str, list),
+        "layers_pattern": (str, list),
+        "layers_to_transform": (int, list),
+        **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), bool),
     }.items():
         value = config[key]
-        texts = all(isinstance(item, str) for item in value) if isinstance(value, list) else True
+        kind = int if key == "layers_to_transform" else str
+        texts = all(isinstance(item, kind) for item in value) if isinstance(value, list) else True
         if value is not None and not (isinstance(value, kinds) and texts):
             raise AdapterFileError(f"{config.path}: {key} is {value!r}")
     if config["bias"] not in (None, "none", "all", "lora_only"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from structadapt.adapted import Adapted
 from structadapt.adapters import DoRA, LoRA
 from structadapt.adapters.lora import LARGEST_RANK
-from structadapt.interop.folders import refuse_foreign, whole_folder
+from structadapt.files import refuse_foreign, whole_folder
 from structadapt.interop.peft_config import (
     CONFIG_FILE,
     PICKLE_FILE,

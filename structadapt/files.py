@@ -1,12 +1,34 @@
-"""Write a folder whole or not at all."""
+"""Write a file or a folder whole or not at all."""
 
 import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that `path` holds its old content or all of `data`, even after a crash.
+
+    A file that exists keeps its mode; a link keeps pointing.
+    """
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # this call's alone
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 @contextmanager
@@ -28,13 +50,13 @@ def whole_folder(
     try:
         yield new
         for entry in [*new.rglob("*"), new]:
-            _sync(entry)
+            sync(entry)
         refuse_foreign(target, replaceable)
         _take_place(new, target)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def refuse_foreign(path: str | os.PathLike[str], replaceable: Callable[[str], bool]) -> None:
@@ -81,7 +103,7 @@ def _take_place(new: Path, target: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the disk hold a file or the names in a folder."""
     flags = os.O_RDWR
     if path.is_dir():
