@@ -195,7 +195,7 @@ def read_adapters(path: str | os.PathLike[str]) -> dict[str, SavedLayer]:
             f"{path} is no structadapt adapter file (one of PEFT is loaded by its folder)"
         )
     try:
-        header = json.loads(metadata["structadapt"])
+        header = json.loads(metadata["structadapt"], object_pairs_hook=without_doubles)
         if header["format"] != FORMAT:
             raise AdapterFileError(
                 f"{path} has format {header['format']!r}, this version reads {FORMAT}: "
@@ -237,6 +237,15 @@ def _whole(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is truncated or no safetensors file: {error}") from None
+
+
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads, which would take the last of two values for a name. Raises ValueError."""
+    names = [name for name, _ in pairs]
+    doubles = sorted({name for name in names if names.count(name) > 1})
+    if doubles:
+        raise ValueError(f"{doubles[0]!r} is there twice")
+    return dict(pairs)
 
 
 def _describe(entry: dict[str, Any]) -> tuple[Adapter, tuple[int, int]]:

@@ -25,7 +25,7 @@ class LayerPlan:
     parameters: int  # trained
     flops: int  # added to one token's forward; 0 for a convolution, whose kernel alone is adapted
     training_bytes: int  # the tensors, their gradients and Adam's two moments
-    held_bytes: int  # kept for the backward for every token, beside x
+    held_bytes: int  # kept for the backward for every token, beside x; of a kernel, per call, 0
     tensors: dict[str, tuple[int, ...]]  # shape of each of the adapter's tensors
 
 

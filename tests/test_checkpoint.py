@@ -133,6 +133,16 @@ def test_a_damaged_description_is_refused(saved, change, words):
     refuse(base, path, words)
 
 
+def test_a_description_that_says_something_twice_is_refused(saved):
+    base, path = saved
+    metadata, tensors = parts(path)
+    text = metadata["structadapt"]
+    metadata["structadapt"] = text.replace('"rank": 2', '"rank": 3, "rank": 2', 1)
+    assert metadata["structadapt"] != text
+    write(path, metadata, tensors)
+    refuse(base, path, "'rank' is there twice")
+
+
 def test_damaged_tensors_are_refused(saved):
     base, path = saved
     metadata, tensors = parts(path)

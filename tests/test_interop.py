@@ -598,6 +598,13 @@ def test_a_layer_that_is_missing_among_some_layers_is_refused(folder_of):
     refuse(folder, "target_modules names model.layers.1.self_attn.v_proj, which has no tensors")
 
 
+def test_a_setting_that_is_there_twice_is_refused(folder_of):
+    folder = folder_of(**ATTENTION)
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha"', '"lora_alpha": 99, "lora_alpha"', 1))
+    refuse(folder, "is no JSON: 'lora_alpha' is there twice")
+
+
 def test_damaged_folders_are_refused(folder_of, tmp_path):
     folder = folder_of(**ATTENTION)
     weights = folder / "adapter_model.safetensors"

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from structadapt.adapters import DoRA, LoRA
-from structadapt.checkpoint import AdapterFileError
+from structadapt.checkpoint import AdapterFileError, without_doubles
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -146,7 +146,7 @@ def read_config(folder: Path) -> PeftConfig:
     """
     path = folder / CONFIG_FILE
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes(), object_pairs_hook=without_doubles)
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is no JSON: {error}") from None
     if not isinstance(values, dict):

@@ -57,7 +57,8 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     As `structadapt.load` does: a bare model is adapted and its other parameters are frozen; a
     model that is adapted already must have the same adapters on the same layers; everything is
     checked before anything changes. The outputs are PEFT's in eval mode. A trained bias becomes a
-    `delta_bias` beside the adapter. Warns once, of dropout and of settings it does not know.
+    `delta_bias` beside the adapter; bias="all" is taken where the biases of other layers, and of
+    norms, have not moved. Warns once, of dropout and of settings it does not know.
 
     Raises FileNotFoundError; AdapterFileError (a ValueError) for a folder that is damaged, for
     another model, or needs what an adapter here cannot do, naming it; RuntimeError for a model
