@@ -73,10 +73,12 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     Exact where the terms cancel, which a norm assembled from ||W||^2, <W, BA> and ||BA||^2 is not.
     """
     rows = max(1, CHUNK_ELEMENTS // max(W.shape[1], 1))
-    blocks = [
-        reference.row_norm(reference.lora_weight(W_rows, A, B_rows, scale))
-        for W_rows, B_rows in zip(W.split(rows), B.split(rows), strict=True)
-    ]
+    wide, blocks = reference.wide_dtype(W.dtype), []
+    with reference.no_autocast(W.device):
+        for W_rows, B_rows in zip(W.split(rows), B.split(rows), strict=True):
+            V = W_rows.to(wide, copy=True, memory_format=torch.contiguous_format)
+            V.addmm_(B_rows.to(wide), A.to(wide), alpha=scale)  # into V: a new one costs its copy
+            blocks.append(reference.row_norm(V))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
