@@ -58,10 +58,7 @@ def _few_minus_eye(x: Tensor, gates: list[Tensor], out_features: int) -> Tensor:
     """T x - E x in one subtraction, which needs the digits of fp32."""
     chain = _chain(gates, x.dtype, False)
     moved = _run(chain, x, False).view(-1, *chain[-1].out_sizes)
-    start = _unflatten(x, chain[0].in_sizes)
-    common = tuple(slice(min(pair)) for pair in zip(moved.shape, start.shape, strict=True))
-    moved[common] -= start[common]
-    return moved.flatten(1)[:, :out_features]
+    return _plus(moved, -_unflatten(x, chain[0].in_sizes)).flatten(1)[:, :out_features]
 
 
 def quanta_backward(
@@ -69,7 +66,8 @@ def quanta_backward(
     need_gates: bool,
 ) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
     """Gradients of x and of the gates, given x (M, in) and dy (M, out)."""
-    chain, whole = _chain(gates, x.dtype, minus_eye), _chain(gates, x.dtype, False)
+    whole = _chain(gates, x.dtype, False)
+    chain = _chain(gates, x.dtype, True) if minus_eye else whole
     back = [gate.transposed for gate in reversed(chain)]
     twin = [gate.transposed for gate in reversed(_chain(frozen, x.dtype, False))]
     sums = [torch.zeros_like(gate).flatten(0, 1).flatten(1) for gate in gates]  # at least fp32
@@ -202,11 +200,11 @@ def _run(
     source = _unflatten(x, chain[0].in_sizes)
     total, before = None, None
     for k, gate in enumerate(chain):
-        if total is not None:
+        if total is None:
+            t = gate.arrange(source)
+        else:
             total = gate.arrange(total, before)
-        t = total if total is not None and not minus_eye else gate.arrange(source)
-        if total is not None and minus_eye:
-            t = _plus(total, t)
+            t = _plus(total, gate.arrange(source)) if minus_eye else total
         if see:
             see(k, t)
         if total is None or not minus_eye:
