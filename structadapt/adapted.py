@@ -127,8 +127,8 @@ class Adapted(nn.Module):
     def wide_weights(self) -> tuple[Tensor, Tensor]:
         """W and W' as the layer stores its weight, with more digits than it has: in fp32 if the
         weight is of low precision, else in float64."""
-        dtype = self.frozen_weight.dtype
-        return self._weights(torch.float32 if dtype.itemsize < 4 else torch.float64)
+        wide = wide_dtype(self.frozen_weight.dtype)
+        return self._weights(torch.float64 if wide == self.frozen_weight.dtype else wide)
 
     def delta_weight(self) -> Tensor:
         """W' - W (out, in), fp32, the difference formed in float64."""
@@ -158,8 +158,7 @@ class Adapted(nn.Module):
             value = fresh[name] if name in fresh else torch.zeros(tensor.shape)
             value = sharded_as(tensor, value.to(self.weight.device))
             if tensor.is_meta:
-                is_parameter = isinstance(tensor, nn.Parameter)
-                setattr(self, name, nn.Parameter(value) if is_parameter else value)
+                self._replace(name, value)
             else:
                 tensor.copy_(value)
         self.pending = self.weight.is_meta
@@ -225,10 +224,13 @@ class Adapted(nn.Module):
         wide = wide_dtype(self.weight.dtype)
         for name, tensor in self.tensors().items():
             if tensor.dtype != wide:  # the state dict's own tensor, with assign=True
-                value = tensor.detach().to(wide)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                setattr(self, name, nn.Parameter(value) if is_parameter else value)
+                self._replace(name, tensor.detach().to(wide))
         self.watch()
+
+    def _replace(self, name: str, value: Tensor) -> None:
+        """Another tensor in the place of an adapter's, a parameter where that was one."""
+        is_parameter = isinstance(getattr(self, name), nn.Parameter)
+        setattr(self, name, nn.Parameter(value) if is_parameter else value)
 
     def _given(self, state_dict: dict[str, Any], prefix: str) -> set[str]:
         """What a state dict brings of the adapter. torch.distributed fills in what a checkpoint

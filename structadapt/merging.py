@@ -84,8 +84,8 @@ def _merge(
     measured = []
     for name, layer in layers.items():
         dtype = layer.weight.dtype
-        exact = layer.wide_weights() if report or residual or _is_low(dtype) else None
-        weight = (exact[1] if exact else layer.adapted_weight()).to(dtype).contiguous()
+        weight, exact = rounded(layer, dtype, report or residual)
+        weight = weight.contiguous()
         if not torch.isfinite(weight).all():
             raise ValueError(f"{name}: the merged weight is not finite; nothing was merged")
         merged_weights[name] = weight
@@ -94,7 +94,7 @@ def _merge(
         if not exact and not force and _is_small(weight - layer.weight, layer.weight):
             exact = layer.wide_weights()
         if exact and (report or not force):
-            measured.append(_measure(name, layer, *exact, weight, residuals.get(name)))
+            measured.append(measure(name, layer, *exact, weight, residuals.get(name)))
     if not force:
         ways = "run it unmerged, or pass force=True"
         speak_up(measured, ways if residual else f"{ways}, or residual=True", stacklevel)
@@ -109,8 +109,14 @@ def _merge(
     return MergeReport(measured) if report else None
 
 
-def _is_low(dtype: torch.dtype) -> bool:
-    return wide_dtype(dtype) != dtype
+def rounded(
+    layer: Adapted, dtype: torch.dtype, measured: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """W' of a layer in `dtype`, and (W, W') in more digits: if they are wanted, or are there anyway
+    since the layer's weight is of low precision."""
+    low = wide_dtype(layer.weight.dtype) != layer.weight.dtype
+    exact = layer.wide_weights() if low or measured else None
+    return (exact[1] if exact and low else layer.adapted_weight()).to(dtype), exact
 
 
 def _is_small(update: Tensor, W: Tensor) -> bool:
@@ -146,14 +152,13 @@ def merged(model: nn.Module, *, force: bool = False, residual: bool = False) -> 
         _unmerge(model)
 
 
-def survival(name: str, layer: Adapted, dtype: torch.dtype) -> LayerMerge:
-    """What storing the adapted weight of a layer in `dtype` does to its update."""
-    W, exact = layer.wide_weights()
-    return _measure(name, layer, W, exact, exact.to(dtype), None)
-
-
-def _measure(
-    name: str, layer: Adapted, W: Tensor, exact: Tensor, weight: Tensor, residual: Tensor | None
+def measure(
+    name: str,
+    layer: Adapted,
+    W: Tensor,
+    exact: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
 ) -> LayerMerge:
     """What is left of the update exact - W in weight + residual."""
     update, kept = exact - W, weight.to(exact.dtype) - W

@@ -41,6 +41,15 @@ def test_the_share_of_an_update_that_bf16_keeps(size, kept):
     assert math.isclose(row.survives, by_hand, rel_tol=1e-3)
 
 
+@pytest.mark.parametrize("kind", [sa.LoRA, sa.DoRA])
+def test_a_report_changes_no_weight(kind):
+    model = adapted(torch.float32, 1e-3, kind(rank=2))
+    with sa.merged(model):
+        expected = model[0].weight.clone()
+    sa.merge(model, report=True)
+    assert torch.equal(model[0].weight, expected)
+
+
 def test_a_small_magnitude_change_is_lost_altogether_in_bf16():
     model = adapted(torch.bfloat16, 1e-3, sa.DoRA(rank=2))
     assert sa.merge(model, report=True, force=True).survives == 0

@@ -20,7 +20,7 @@ from structadapt.adapted import MERGED, Adapted
 from structadapt.files import refuse_foreign, whole_folder
 from structadapt.interop.state import finite_tensors, refuse_sharded
 from structadapt.layers import adapted_layers, plain_name, unwrapped
-from structadapt.merging import REFUSE_BELOW, WARN_BELOW, survival
+from structadapt.merging import REFUSE_BELOW, WARN_BELOW, measure, rounded
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 REPLACEABLE = ("config.json", "generation_config.json", WEIGHTS, INDEX, "model-*-of-*.safetensors")
@@ -151,10 +151,11 @@ class _Merge:
             if delta_bias is not None:
                 tensor = tensor.to(delta_bias.dtype) + delta_bias
             return self._cast(key, tensor)
-        merged = self.layers[name].adapted_weight().to(dtype)
+        merged, exact = rounded(self.layers[name], dtype, measured=True)
+        assert exact is not None
         if not torch.isfinite(merged).all():
             raise ValueError(f"{name}: the merged weight is not finite in {dtype}: not exported")
-        kept = self.kept[name] = survival(name, self.layers[name], dtype).survives
+        kept = self.kept[name] = measure(name, self.layers[name], *exact, merged).survives
         if kept < REFUSE_BELOW and not self.force:
             raise ValueError(
                 f"{name}: rounding to {dtype} leaves {kept:.0%} of its update; nothing was "
