@@ -157,9 +157,12 @@ def fingerprint(W: Tensor) -> str:
     return "-".join(digests)
 
 
-def same_base(one: str, other: str) -> bool:
-    """Whether two fingerprints have a digest in common."""
-    return bool({*one.split("-")} & {*other.split("-")})
+def has_base(layer: nn.Module, saved: str | None) -> bool:
+    """Whether a layer's weight and a saved fingerprint have a digest in common, or one is not
+    there: no fingerprint, or a weight on the meta device."""
+    if saved is None or cast(Tensor, layer.weight).is_meta:
+        return True
+    return bool({*fingerprint(matrix_of(layer)).split("-")} & {*saved.split("-")})
 
 
 @dataclass(frozen=True)
@@ -300,8 +303,7 @@ def _difference(
         if layer.tensors().keys() != saved.tensors.keys():
             found, given = (", ".join(sorted(t)) for t in (layer.tensors(), saved.tensors))
             return f"{name} has the tensors {found}, the file {given}"
-    compared = check_base and saved.base is not None and not cast(Tensor, layer.weight).is_meta
-    if compared and not same_base(fingerprint(matrix_of(layer)), cast(str, saved.base)):
+    if check_base and not has_base(layer, saved.base):
         return (
             f"{name} has another base weight than the one that this adapter was saved over: load "
             "the right base, or pass check_base=False"

@@ -52,7 +52,7 @@ def whole_folder(
         for entry in [*new.rglob("*"), new]:
             sync(entry)
         refuse_foreign(target, replaceable)
-        _take_place(new, target)
+        take_place(new, target)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -80,7 +80,7 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
-def _take_place(new: Path, target: Path) -> None:
+def take_place(new: Path, target: Path) -> None:
     """Rename `new` to `target`. A folder there is moved aside first, and back if that fails."""
     aside: list[Path] = []
     try:

@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from structadapt.checkpoint import is_adapter_file, read_adapters, refuse_misfit, save
-from structadapt.files import sync
+from structadapt.files import sync, take_place
 from structadapt.integrations.guard import NonFiniteGradientError, NonFiniteGuard
 from structadapt.layers import find_adapted, unwrapped
 
@@ -182,13 +182,7 @@ def _publish(temporary: Path, final: Path) -> None:
     """Give a whole directory its name; it survives a crash of the machine from here on."""
     for path in (*temporary.rglob("*"), temporary):
         sync(path)
-    if final.exists():  # written before an interruption, and again now
-        old = final.with_name(f".{final.name}.old")
-        final.rename(old)
-        temporary.rename(final)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(final)
+    take_place(temporary, final)  # of one from before an interruption, too
     sync(final.parent)
 
 

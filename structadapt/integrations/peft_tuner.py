@@ -30,7 +30,7 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from structadapt.adapters.base import Adapter
-from structadapt.checkpoint import AdapterFileError, fingerprint, same_base
+from structadapt.checkpoint import AdapterFileError, fingerprint, has_base
 from structadapt.integrations.peft_layers import (
     PREFIX,
     TunerLayer,
@@ -38,7 +38,7 @@ from structadapt.integrations.peft_layers import (
     make_tuner_layer,
     restore,
 )
-from structadapt.layers import adaptable_layers, find_adapted, matrix_of
+from structadapt.layers import adaptable_layers, find_adapted
 from structadapt.merging import merge, unmerge
 from structadapt.surgery import adapt
 
@@ -121,9 +121,7 @@ def _texts(patterns: str | Iterable[str], role: str) -> str | list[str]:
 def _refuse_other_base(model: nn.Module, fingerprints: dict[str, str]) -> None:
     """AdapterFileError for a model whose weights are not those that adapters were saved over."""
     for name, layer in adaptable_layers(model).items():
-        if name not in fingerprints or cast(Tensor, layer.weight).is_meta:
-            continue
-        if not same_base(fingerprint(matrix_of(layer)), fingerprints[name]):
+        if not has_base(layer, fingerprints.get(name)):
             raise AdapterFileError(
                 f"{name} has another base weight than the one that this adapter was saved over: "
                 "load the right base, or pass a config with base_fingerprints={}"
