@@ -162,7 +162,7 @@ def has_base(layer: nn.Module, saved: str | None) -> bool:
     there: no fingerprint, or a weight on the meta device."""
     if saved is None or cast(Tensor, layer.weight).is_meta:
         return True
-    return bool({*fingerprint(matrix_of(layer)).split("-")} & {*saved.split("-")})
+    return bool({*fingerprint(matrix_of(layer)).split("-")} & {*str(saved).split("-")})
 
 
 @dataclass(frozen=True)

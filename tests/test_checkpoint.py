@@ -292,6 +292,12 @@ def test_another_base_is_refused(saved, ids):
     assert sa.load(other, path, check_base=False) is other
 
 
+def test_a_fingerprint_that_is_no_text_is_of_another_base(saved):
+    base, path = saved
+    edited(path, lambda header: header["layers"]["blocks.0.attn"].update(base=5))
+    refuse(base, path, "blocks.0.attn has another base weight")
+
+
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
 def test_a_base_is_the_same_in_another_dtype(net, tmp_path, cast):
     bare = copy.deepcopy(net)
