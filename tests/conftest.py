@@ -90,3 +90,9 @@ def perturb():
         return {k: t if k.startswith("frozen_") else t + scale * noise[k] for k, t in p.items()}
 
     return moved
+
+
+@pytest.fixture
+def x():
+    """Six tokens of width 48 in each of four sequences."""
+    return torch.randn(4, 6, 48, generator=torch.Generator().manual_seed(3))

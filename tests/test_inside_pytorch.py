@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from kinds import FEW, KINDS, defined, few, kinds, layer_and_input
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import (
@@ -14,24 +15,8 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
-from transformers.pytorch_utils import Conv1D
 
 import structadapt as sa
-
-KINDS = {  # a layer of every kind, and an input for it
-    "linear": (lambda: nn.Linear(48, 96), (2, 3, 48)),
-    "Conv1D": (lambda: Conv1D(96, 48), (2, 3, 48)),
-    "embedding": (lambda: nn.Embedding(48, 96), None),
-    "conv2d": (lambda: nn.Conv2d(12, 96, 2), (2, 12, 5, 4)),
-}
-FEW = (sa.LoRA(rank=3), sa.DoRA(rank=3), sa.QuanTA(), sa.QuanTA(init="paper"))
-few = pytest.mark.parametrize("few", FEW, ids=repr)
-kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture
-def x():
-    return torch.randn(4, 6, 48, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture
@@ -50,22 +35,14 @@ def make(train_a_little):
 @pytest.fixture
 def make_kind(make):
     def made(kind, adapter):
-        torch.manual_seed(0)
-        layer, shape = KINDS[kind]
-        inputs = torch.randint(0, 48, (2, 3)) if shape is None else torch.randn(shape)
-        return make(adapter, layer()), inputs
+        layer, inputs = layer_and_input(kind)
+        return make(adapter, layer), inputs
 
     return made
 
 
 def gradients(model, y):
     return torch.autograd.grad(y.float().square().mean(), [*sa.adapter_parameters(model)])
-
-
-def defined(layer, x, p=None):
-    """A linear layer's output by the definition of the adapted weight."""
-    p = layer.tensors() if p is None else p
-    return F.linear(x, layer.adapter.weight(layer.weight, p), layer.bias)
 
 
 def all_close(left, right, **tolerances):

@@ -7,26 +7,10 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
+from kinds import FEW, KINDS, defined, few, kinds, layer_and_input
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import structadapt as sa
-
-KINDS = {  # a layer of every kind, and an input for it
-    "linear": (lambda: nn.Linear(48, 96), (2, 3, 48)),
-    "Conv1D": (lambda: Conv1D(96, 48), (2, 3, 48)),
-    "embedding": (lambda: nn.Embedding(48, 96), None),
-    "conv2d": (lambda: nn.Conv2d(12, 96, 2), (2, 12, 5, 4)),
-}
-FEW = (sa.LoRA(rank=3), sa.DoRA(rank=3), sa.QuanTA(), sa.QuanTA(init="paper"))
-few = pytest.mark.parametrize("few", FEW, ids=repr)
-kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture
-def x():
-    return torch.randn(4, 6, 48, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture
@@ -34,10 +18,8 @@ def make(train_a_little):
     """A model of one adapted layer that has moved from where it started, and an input."""
 
     def made(kind, adapter):
-        torch.manual_seed(0)
-        layer, shape = KINDS[kind]
-        inputs = torch.randint(0, 48, (2, 3)) if shape is None else torch.randn(shape)
-        return train_a_little(sa.adapt(nn.Sequential(layer()), adapter, "0")), inputs
+        layer, inputs = layer_and_input(kind)
+        return train_a_little(sa.adapt(nn.Sequential(layer), adapter, "0")), inputs
 
     return made
 
@@ -46,11 +28,6 @@ def make(train_a_little):
 def linear(make):
     """An adapted linear layer."""
     return lambda adapter: make("linear", adapter)[0][0]
-
-
-def defined(layer, x):
-    """A linear layer's output by the definition of the adapted weight."""
-    return F.linear(x, layer.adapter.weight(layer.weight, layer.tensors()), layer.bias)
 
 
 # -- a layer that is shared ------------------------------------------------------------------------
