@@ -55,12 +55,13 @@ def lora_backward(
 ) -> Grads:  # fmt: skip
     """Gradients of (x, W, bias, A, B)."""
     dY, X = flat(dy), flat(x)
+    dx = dY @ W.to(dy.dtype) if needs[0] else None  # first: what follows meets dY and dx in cache
     dS = (dY @ B.to(dy.dtype)).mul_(scale)  # (M, r)
-    dx = (dY @ W.to(dy.dtype)).addmm_(dS, A.to(dy.dtype)).view(x.shape) if needs[0] else None
+    dB = (dY.T @ h.to(dY.dtype)).to(B.dtype).mul_(scale) if needs[4] else None
+    dx = None if dx is None else dx.addmm_(dS, A.to(dy.dtype)).view(x.shape)
     dW = (dY.T @ X).to(W.dtype) if needs[1] else None
     dbias = dY.sum(0) if needs[2] else None
     dA = (dS.T @ X).to(A.dtype) if needs[3] else None
-    dB = (dY.T @ h.to(dY.dtype)).to(B.dtype).mul_(scale) if needs[4] else None
     return dx, dW, dbias, dA, dB
 
 
