@@ -1,3 +1,8 @@
+import os
+
+# Before anything imports triton: kernels then run on CPU tensors, in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 from hypothesis import settings
@@ -96,3 +101,11 @@ def perturb():
 def x():
     """Six tokens of width 48 in each of four sequences."""
     return torch.randn(4, 6, 48, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def nan_filled():
+    """torch.empty gives NaN: what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,483 @@
+"""LoRA on Triton: y = x W^T + h (s B)^T + bias with h = x A^T, and its gradients.
+
+The functions at the end have the signatures of their twins in `lean.py` and hold the same for the
+backward: x and h. The scale goes on B, in fp32 before its one rounding, so that it costs no second
+accumulator and cannot overflow h. Nothing is added atomically: a sum that is split over programs
+leaves its parts in fp32, and `sum_parts` adds them in order, so every run gives the same bits.
+
+    narrow     out = x w for a w of few columns: h = x A^T and dS = dY (s B)
+    gemm       out = x w + s b, whose last product is low-rank: y, and dX = dY W + dS A
+    dy_pass    dS = dY (s B) and dB = s dY^T h (and DoRA's g dY and dg) in one reading of dY
+    over_rows  out = z^T h, a sum over the tokens: dA = dS^T x, and dB where the rank is large
+
+Two plans for a product with a low-rank part, by the table: "cublas" writes the low-rank product
+first and lets cuBLAS add x W^T onto it, so that the output is rounded once more only in the size of
+the update; "triton" does both in one kernel.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from structadapt.kernels import _launch
+from structadapt.kernels._interpreter import interpreting, repair
+from structadapt.kernels._launch import Tile, cdiv, power_of_2
+from structadapt.kernels.lean import Grads, flat, shaped
+
+if interpreting():
+    repair()
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def narrow_kernel(
+    x, w, out, M, K, R, span, sxm, swk, swr, sop, som,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[part, m, r] = sum over part's k of x[m, k] w[k, r]; a part is `span` of the K."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    part = tl.program_id(2)
+    first = part * span
+    last = tl.minimum(first + span, K)
+    k = first + tl.arange(0, BK)
+    px = x + m.to(tl.int64)[:, None] * sxm + k[None, :]
+    pw = w + k.to(tl.int64)[:, None] * swk + r[None, :] * swr
+    acc = tl.zeros((BM, BR), tl.float32)
+    for k0 in range(first, last, BK):
+        inside = tl.arange(0, BK) < last - k0
+        a = tl.load(px, mask=(m < M)[:, None] & inside[None, :], other=0.0)
+        b = tl.load(pw, mask=inside[:, None] & (r < R)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        px += BK
+        pw += BK * swk
+    po = out + part.to(tl.int64) * sop + m.to(tl.int64)[:, None] * som + r[None, :]
+    tl.store(po, acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def _place(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of a tile; GROUP_M rows of tiles share the columns' operand in L2."""
+    in_group = GROUP_M * tiles_n
+    group = pid // in_group
+    first = group * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    return first + (pid % in_group) % rows, (pid % in_group) // rows
+
+
+@triton.jit
+def gemm_kernel(
+    x, w, s, b, bias, g, y, M, N, K, R, sxm, swk, swn, ssm, sbr, sbn, sym,
+    HAS_BIAS: tl.constexpr, HAS_G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, BR: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = g[n] (sum_k x[m, k] w[k, n] + sum_r s[m, r] b[r, n]) + bias[n]."""
+    pid_m, pid_n = _place(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
+    m = pid_m * BM + tl.arange(0, BM)
+    n = pid_n * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    rows, columns = (m < M)[:, None], (n < N)[None, :]
+    px = x + m.to(tl.int64)[:, None] * sxm + k[None, :]
+    pw = w + k.to(tl.int64)[:, None] * swk + n.to(tl.int64)[None, :] * swn
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, K, BK):
+        inside = k < K - k0
+        p = tl.load(px, mask=rows & inside[None, :], other=0.0)
+        q = tl.load(pw, mask=inside[:, None] & columns, other=0.0)
+        acc = tl.dot(p, q, acc, input_precision=PRECISION)
+        px += BK
+        pw += BK * swk
+    r = tl.arange(0, BR)
+    ps = s + m.to(tl.int64)[:, None] * ssm + r[None, :]
+    pb = b + r[:, None] * sbr + n.to(tl.int64)[None, :] * sbn
+    for r0 in tl.range(0, R, BR, num_stages=1):  # no buffers of its own: the main loop has them
+        inside = r < R - r0
+        p = tl.load(ps, mask=rows & inside[None, :], other=0.0)
+        q = tl.load(pb, mask=inside[:, None] & columns, other=0.0)
+        acc = tl.dot(p, q, acc, input_precision=PRECISION)
+        ps += BR
+        pb += BR * sbr
+    if HAS_G:
+        acc *= tl.load(g + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    py = y + m.to(tl.int64)[:, None] * sym + n[None, :]
+    tl.store(py, acc.to(y.dtype.element_ty), mask=rows & columns)
+
+
+@triton.jit
+def gemm_tma_kernel(
+    x, w, s, b, bias, g, y, M, N, K, R,
+    W_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_G: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP_M: tl.constexpr,
+    EPILOGUE: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """The same with the tensor memory accelerator: x, w, s, b and y are descriptors.
+
+    PROGRAMS programs walk over the tiles. W_IS_NK: w is (N, K) and b (N, R), else w is (K, N) and
+    b (R, N). The low-rank product comes last and unpipelined, and the output leaves in EPILOGUE
+    pieces: both keep shared memory for the stages of the main loop.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    for pid in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
+        pid_m, pid_n = _place(pid, tiles_m, tiles_n, GROUP_M)
+        m, n = pid_m * BM, pid_n * BN
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, K, BK):
+            p = x.load([m, k])
+            if W_IS_NK:
+                acc = tl.dot(p, w.load([n, k]).T, acc)
+            else:
+                acc = tl.dot(p, w.load([k, n]), acc)
+        for r in tl.range(0, R, BR, num_stages=1):
+            p = s.load([m, r])
+            if W_IS_NK:
+                acc = tl.dot(p, b.load([n, r]).T, acc)
+            else:
+                acc = tl.dot(p, b.load([r, n]), acc)
+        columns = n + tl.arange(0, BN)
+        if HAS_G:
+            acc *= tl.load(g + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        if HAS_BIAS:
+            acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        if EPILOGUE == 2:
+            halves = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            y.store([m, n], left.to(y.dtype))
+            y.store([m, n + BN // 2], right.to(y.dtype))
+        else:
+            y.store([m, n], acc.to(y.dtype))
+
+
+@triton.jit
+def dy_pass_kernel(
+    dy, b, h, g, y, bias, ds, db, dg, gdy, M, N, R, span,
+    sdm, sbn, shm, sym, sgm, sdsp, sdbp, SMALL: tl.constexpr,
+    HAS_G: tl.constexpr, HAS_DG: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One stripe of BN columns of dY, `span` of its rows:
+
+    ds[stripe, m, r] = sum over the stripe's n of dy[m, n] b[n, r]      (b holds s B, or g s B)
+    db[part, n, r]   = sum over the part's m of dy[m, n] h[m, r]
+    HAS_G: gdy = g dy.  HAS_DG: dg[part, n] = sum of dy (y - bias) / g where |g| >= SMALL, else 0.
+    """
+    stripe, part = tl.program_id(0), tl.program_id(1)
+    n = stripe * BN + tl.arange(0, BN)
+    r = tl.arange(0, BR)
+    columns = n < N
+    first = part * span
+    last = tl.minimum(first + span, M)
+    pb = b + n.to(tl.int64)[:, None] * sbn + r[None, :]
+    low = tl.load(pb, mask=columns[:, None] & (r < R)[None, :], other=0.0)
+    acc = tl.zeros((BN, BR), tl.float32)
+    if HAS_G:
+        gain = tl.load(g + n, mask=columns, other=1.0).to(tl.float32)
+    if HAS_DG:
+        moved = tl.zeros((BN,), tl.float32)
+        inverse = tl.where(tl.abs(gain) >= SMALL, 1.0 / tl.where(gain == 0, 1.0, gain), 0.0)
+        if HAS_BIAS:
+            shift = tl.load(bias + n, mask=columns, other=0.0).to(tl.float32)
+    for m0 in range(first, last, BM):
+        m = m0 + tl.arange(0, BM)
+        rows = m < last
+        inside = rows[:, None] & columns[None, :]
+        long = m.to(tl.int64)[:, None]
+        d = tl.load(dy + long * sdm + n[None, :], mask=inside, other=0.0)
+        part_s = tl.dot(d, low, input_precision=PRECISION)
+        ps = ds + stripe.to(tl.int64) * sdsp + long * R + r[None, :]
+        tl.store(ps, part_s, mask=rows[:, None] & (r < R)[None, :])
+        t = tl.load(h + long * shm + r[None, :], mask=rows[:, None] & (r < R)[None, :], other=0.0)
+        acc = tl.dot(d.T, t, acc, input_precision=PRECISION)
+        if HAS_G:
+            wide = d.to(tl.float32)
+            pg = gdy + long * sgm + n[None, :]
+            tl.store(pg, (wide * gain[None, :]).to(gdy.dtype.element_ty), mask=inside)
+            if HAS_DG:
+                out = tl.load(y + long * sym + n[None, :], mask=inside, other=0.0).to(tl.float32)
+                if HAS_BIAS:
+                    out -= shift[None, :]
+                out = tl.where(inside & (tl.abs(gain) >= SMALL)[None, :], out, 0.0)
+                moved += tl.sum(wide * out, 0)
+    pdb = db + part.to(tl.int64) * sdbp + n.to(tl.int64)[:, None] * R + r[None, :]
+    tl.store(pdb, acc, mask=columns[:, None] & (r < R)[None, :])
+    if HAS_DG:
+        tl.store(dg + part.to(tl.int64) * N + n, moved * inverse, mask=columns)
+
+
+@triton.jit
+def over_rows_kernel(
+    z, h, out, M, C, R, span, szm, shm, sop, soc, sor,
+    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[part, c, r] = sum over the part's m of z[m, c] h[m, r]."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    part = tl.program_id(2)
+    first = part * span
+    last = tl.minimum(first + span, M)
+    acc = tl.zeros((BC, BR), tl.float32)
+    for m0 in range(first, last, BM):
+        m = m0 + tl.arange(0, BM)
+        rows = (m < last)[:, None]
+        long = m.to(tl.int64)[:, None]
+        p = tl.load(z + long * szm + c[None, :], mask=rows & (c < C)[None, :], other=0.0)
+        q = tl.load(h + long * shm + r[None, :], mask=rows & (r < R)[None, :], other=0.0)
+        acc = tl.dot(p.T, q, acc, input_precision=PRECISION)
+    po = out + part.to(tl.int64) * sop + c.to(tl.int64)[:, None] * soc + r.to(tl.int64)[None, :] * sor
+    tl.store(po, acc, mask=(c < C)[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def sum_parts_kernel(parts, scale, out, P, n, factor, per, BLOCK: tl.constexpr, SCALED: tl.constexpr):
+    """out[i] = factor (times scale[i // per]) times the sum of parts[p, i], in the order of p."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    total = tl.zeros((BLOCK,), tl.float32)
+    at = parts + i
+    for _ in range(P):
+        total += tl.load(at, mask=inside, other=0.0)
+        at += n
+    total *= factor
+    if SCALED:
+        total *= tl.load(scale + i // per, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
+
+
+# -- launches --------------------------------------------------------------------------------------
+
+PRECISION = "ieee"  # of fp32 operands; bf16 and fp16 multiply exactly whatever it is
+SPLIT_RANK = 64  # the largest rank that the one pass over dY keeps in registers
+
+
+def sum_parts(parts: Tensor, out: Tensor, factor: float = 1.0, scale: Tensor | None = None) -> Tensor:
+    """out = factor * scale[row] * parts.sum(0), parts (P, *out.shape) contiguous fp32."""
+    n, block = out.numel(), 1024
+    if n:
+        per = n // out.shape[0]
+        sum_parts_kernel[(cdiv(n, block),)](
+            parts, out if scale is None else scale, out, parts.shape[0], n, factor, per,
+            BLOCK=block, SCALED=scale is not None, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def narrow(x: Tensor, w: Tensor, tile: Tile | None = None) -> Tensor:
+    """x (M, K) @ w (K, R) in the dtype of x, for a w of few columns (any strides)."""
+    (M, K), R = x.shape, w.shape[1]
+    sizes = {"rank": R, "M": M, "K": K}
+    blocks, launch = _launch.split(tile or _launch.tile("narrow", x.device, **sizes))
+    blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
+    out = x.new_empty(M, R)
+    if not M or not K:
+        return out.zero_()
+    grid_m, grid_r = cdiv(M, blocks["BM"]), cdiv(R, blocks["BR"])
+    parts, span = _parts(K, 2 * blocks["BK"], grid_m * grid_r, x.device)
+    target = out if parts == 1 else x.new_empty(parts, M, R, dtype=torch.float32)
+    narrow_kernel[(grid_m, grid_r, parts)](
+        x, w, target, M, K, R, span, x.stride(0), w.stride(0), w.stride(1), M * R, R,
+        PRECISION=PRECISION, **blocks, **launch,
+    )  # fmt: skip
+    return out if parts == 1 else sum_parts(target, out)
+
+
+def gemm(
+    x: Tensor, w: Tensor, s: Tensor, b: Tensor, bias: Tensor | None = None,
+    g: Tensor | None = None, tile: Tile | None = None,
+) -> Tensor:  # fmt: skip
+    """g (x w + s b) + bias in one kernel: x (M, K), w (K, N), s (M, R), b (R, N), all views."""
+    (M, K), N, R = x.shape, w.shape[1], s.shape[1]
+    tile = tile or _launch.tile("gemm", x.device, rank=R, M=M, N=N, K=K)
+    blocks, launch = _launch.split(tile)
+    blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
+    y = x.new_empty(M, N)
+    if not M or not N:
+        return y
+    flags = {"HAS_BIAS": bias is not None, "HAS_G": g is not None}
+    tiles = cdiv(M, blocks["BM"]) * cdiv(N, blocks["BN"])
+    extra = [y if t is None else t for t in (bias, g)]
+    if "EPILOGUE" in blocks:
+        nk = w.stride(0) == 1  # w and b are the transposed views of (N, K) and (N, R)
+        w, b = (w.T, b.T) if nk else (w, b)
+        BM, BN, BK, BR = (blocks[k] for k in ("BM", "BN", "BK", "BR"))
+        shapes = {
+            "x": (x, (BM, BK)), "w": (w, (BN, BK) if nk else (BK, BN)), "s": (s, (BM, BR)),
+            "b": (b, (BN, BR) if nk else (BR, BN)), "y": (y, (BM, BN // blocks["EPILOGUE"])),
+        }  # fmt: skip
+        made = {k: TensorDescriptor.from_tensor(t, list(block)) for k, (t, block) in shapes.items()}
+        programs = min(tiles, _multiprocessors(x.device))
+        gemm_tma_kernel[(programs,)](
+            made["x"], made["w"], made["s"], made["b"], *extra, made["y"], M, N, K, R,
+            W_IS_NK=nk, PROGRAMS=programs, **flags, **blocks, **launch,
+        )  # fmt: skip
+        return y
+    gemm_kernel[(tiles,)](
+        x, w, s, b, *extra, y, M, N, K, R, x.stride(0), w.stride(0), w.stride(1), s.stride(0),
+        b.stride(0), b.stride(1), y.stride(0), PRECISION=PRECISION, **flags, **blocks, **launch,
+    )  # fmt: skip
+    return y
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3  # the interpreter: few, so that a program walks over several tiles
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def over_rows(
+    z: Tensor, h: Tensor, out: Tensor, *, transposed: bool, factor: float = 1.0,
+    scale: Tensor | None = None, tile: Tile | None = None,
+) -> Tensor:  # fmt: skip
+    """out (C, R) = factor * scale[row] * z^T h for z (M, C) and h (M, R); `transposed`: (R, C).
+
+    A sum over the tokens: split over them, then added in order.
+    """
+    (M, C), R = z.shape, h.shape[1]
+    tile = tile or _launch.tile("over_rows", z.device, rank=R, M=M, K=C)
+    blocks, launch = _launch.split(tile)
+    blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
+    if not M:
+        return out.zero_()
+    grid = cdiv(C, blocks["BC"]), cdiv(R, blocks["BR"])
+    parts, span = _parts(M, blocks["BM"], grid[0] * grid[1], z.device)
+    target = z.new_empty(parts, *out.shape, dtype=torch.float32)
+    soc, sor = (1, C) if transposed else (R, 1)
+    over_rows_kernel[(*grid, parts)](
+        z, h, target, M, C, R, span, z.stride(0), h.stride(0), C * R, soc, sor,
+        PRECISION=PRECISION, **blocks, **launch,
+    )  # fmt: skip
+    return sum_parts(target, out, factor, scale)
+
+
+@dataclass(frozen=True)
+class FromDY:
+    """What one reading of dY gives."""
+
+    dS: Tensor  # (M, R) = dY b, in the dtype of dY
+    dB: Tensor  # (N, R) = factor * g * dY^T h, in fp32
+    gdY: Tensor | None  # (M, N) = g dY
+    dg: Tensor | None  # (N,) = sum over rows of dY (y - bias) / g where |g| >= SMALL_GAIN, else 0
+
+
+SMALL_GAIN = 0.0625  # below it the output holds too few digits of what g multiplied
+
+
+def dy_pass(
+    dY: Tensor, b: Tensor, h: Tensor, factor: float, g: Tensor | None = None,
+    y: Tensor | None = None, bias: Tensor | None = None, tile: Tile | None = None,
+) -> FromDY:  # fmt: skip
+    """dS, dB and with g also g dY, and with y the gradient of g; b (N, R), h (M, R), R <= 64."""
+    (M, N), R = dY.shape, b.shape[1]
+    blocks, launch = _launch.split(tile or _launch.tile("dy_pass", dY.device, rank=R, M=M, N=N))
+    BR = power_of_2(R, 16)
+    fp32 = {"dtype": torch.float32, "device": dY.device}
+    gdY = None if g is None else torch.empty_like(dY)
+    dS, dB = dY.new_empty(M, R), torch.empty(N, R, **fp32)
+    if not M:
+        dg = None if y is None else torch.zeros(N, **fp32)
+        return FromDY(dS, dB.zero_(), gdY, dg)
+    stripes = cdiv(N, blocks["BN"])
+    parts, span = _parts(M, blocks["BM"], stripes, dY.device)
+    part_s = torch.empty(stripes, M, R, **fp32)
+    part_b = torch.empty(parts, N, R, **fp32)
+    part_g = None if y is None else torch.empty(parts, N, **fp32)
+    g, gdY_, y_, bias_, part_g_ = (dY if t is None else t for t in (g, gdY, y, bias, part_g))
+    dy_pass_kernel[(stripes, parts)](
+        dY, b, h, g, y_, bias_, part_s, part_b, part_g_, gdY_, M, N, R, span, dY.stride(0),
+        b.stride(0), h.stride(0), y_.stride(0), gdY_.stride(0), M * R, N * R,
+        SMALL=SMALL_GAIN, HAS_G=gdY is not None, HAS_DG=y is not None, HAS_BIAS=bias is not None,
+        BR=BR, PRECISION=PRECISION, **blocks, **launch,
+    )  # fmt: skip
+    sum_parts(part_s, dS)
+    sum_parts(part_b, dB, factor, None if gdY is None else g)
+    dg = None if part_g is None else sum_parts(part_g, torch.empty(N, **fp32))
+    return FromDY(dS, dB, gdY, dg)
+
+
+def _parts(rows: int, block: int, others: int, device: torch.device) -> tuple[int, int]:
+    """(how many parts, rows of each) for a sum over `rows`."""
+    span = cdiv(cdiv(rows, _launch.splits(rows, 2 * block, others, device)), block) * block
+    return cdiv(rows, span), span
+
+
+# -- the op ----------------------------------------------------------------------------------------
+
+
+def plan(op: str, x: Tensor, W: Tensor, rank: int) -> str:
+    """"cublas" or "triton", by the table: for "lora_forward", "lora_backward", "dora_forward"."""
+    M, (N, K) = x.shape[0], W.shape
+    return str(_launch.tile(op, x.device, rank=rank, M=M, N=N, K=K)["plan"])
+
+
+def product(
+    x: Tensor, w: Tensor, s: Tensor, b: Tensor, bias: Tensor | None, by: str
+) -> Tensor:
+    """x w + s b + bias, the low-rank product first or in the same kernel."""
+    if by == "triton":
+        return gemm(x, w, s, b, bias)
+    low = torch.mm(s, b) if bias is None else torch.addmm(bias.to(x.dtype), s, b)
+    return low.addmm_(x, w)
+
+
+def scaled(B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale B, multiplied in fp32 and rounded once."""
+    return (B.float() * scale).to(dtype)
+
+
+def lora_forward(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(y, h) with h = x A^T and y = x W^T + h (scale B)^T + bias."""
+    X = flat(x)
+    h = narrow(X, A.to(x.dtype).T)
+    by = plan("lora_forward", X, W, A.shape[0])
+    return shaped(product(X, W.T, h, scaled(B, scale, x.dtype).T, bias, by), x), h
+
+
+def lora_backward(
+    dy: Tensor, x: Tensor, h: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float,
+    needs: tuple[bool, ...],
+) -> Grads:  # fmt: skip
+    """Gradients of (x, W, bias, A, B)."""
+    dY, X = readable(flat(dy)), flat(x)
+    dS, dB = dS_dB(dY, scaled(B, scale, dy.dtype), h, scale, any((needs[0], needs[3])), needs[4])
+    dx = dA = None
+    if needs[0]:
+        by = plan("lora_backward", X, W, A.shape[0])
+        dx = product(dY, W, present(dS), A.to(dy.dtype), None, by).view(x.shape)
+    dW = (dY.T @ X).to(W.dtype) if needs[1] else None
+    dbias = dY.sum(0) if needs[2] else None
+    if needs[3]:
+        dA = over_rows(X, present(dS), torch.empty_like(A), transposed=True)
+    return dx, dW, dbias, dA, None if dB is None else dB.to(B.dtype)
+
+
+def dS_dB(
+    dY: Tensor, b: Tensor, h: Tensor, factor: float, need_s: bool, need_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dY b (M, R) and factor dY^T h (N, R): in one reading of dY where the rank allows."""
+    if need_s and need_b and b.shape[1] <= SPLIT_RANK:
+        found = dy_pass(dY, b, h, factor)
+        return found.dS, found.dB
+    dS = narrow(dY, b) if need_s else None
+    dB = None
+    if need_b:
+        out = torch.empty(b.shape, dtype=torch.float32, device=b.device)
+        dB = over_rows(dY, h, out, transposed=False, factor=factor)
+    return dS, dB
+
+
+def present(t: Tensor | None) -> Tensor:
+    assert t is not None
+    return t
+
+
+def readable(t: Tensor) -> Tensor:
+    """t (M, n), copied if it cannot be read in 16-byte pieces: a gradient has any strides."""
+    return t if _launch.misfit(t) is None else t.clone(memory_format=torch.contiguous_format)
