@@ -12,6 +12,7 @@ at most 10 % more registers than the committed table says. One process for each 
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -111,17 +112,54 @@ def read(tools: Path, name: str, cubin: bytes) -> Record:
 # -- the cases -------------------------------------------------------------------------------------
 
 
+SHAPES = [(M, N, K) for M in (512, 2048, 8192, 32768)
+          for N, K in ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))]  # fmt: skip
+
+
+def tables(arch: int) -> list[str]:
+    """The names of the architecture's table and of those tuned for its devices."""
+    from structadapt.kernels import _launch
+
+    parents = {
+        p.stem: json.loads(p.read_text()).get("inherits") for p in _launch.CONFIGS.glob("*.json")
+    }
+    return sorted(n for n, parent in parents.items() if f"sm_{arch}" in (n, parent))
+
+
+def entries(kernel: str, arch: int) -> list[Record]:
+    """Every tile of a kernel in the tables."""
+    from structadapt.kernels import _launch
+
+    found = [e["tile"] for name in tables(arch) for e in _launch.read_table(name)[kernel]]
+    return [t for i, t in enumerate(found) if t not in found[:i]]
+
+
+def chosen(kernel: str, arch: int, rank: int) -> list[Record]:
+    """The tiles that some size of layer takes at this rank."""
+    from structadapt.kernels import _launch
+
+    found: list[Record] = []
+    for name in tables(arch):
+        entries = _launch.read_table(name)[kernel]
+        for M, N, K in SHAPES:
+            tile = _launch.nearest(entries, {"rank": rank, "M": M, "N": N, "K": K})
+            found += [tile] if tile not in found else []
+    return found
+
+
 def cases(arch: int) -> dict[str, Any]:
-    """{name: a call of a launch function}: every entry of the tables, at the ranks they serve."""
+    """{name: a call of a launch function}."""
+    return low_rank_cases(arch) | quanta_cases(arch) | logprob_cases(arch)
+
+
+RANKS = (16, 32, 64, 128, 256)
+
+
+def low_rank_cases(arch: int) -> dict[str, Any]:
+    """LoRA's and DoRA's kernels with the tiles that layers take at each rank."""
     import torch
 
-    from structadapt.kernels import _launch, dora, lora
-
-    def entries(kernel: str) -> list[Record]:
-        tables = [f"sm_{arch}"]
-        tables += [p.stem for p in _launch.CONFIGS.glob("*.json") if _inherits(p, f"sm_{arch}")]
-        found = [e["tile"] for name in tables for e in _launch.read_table(name)[kernel]]
-        return [t for i, t in enumerate(found) if t not in found[:i]]
+    from structadapt.kernels import dora, lora
 
     def bf16(*shape: int) -> Any:
         return torch.empty(shape, dtype=torch.bfloat16)
@@ -129,39 +167,127 @@ def cases(arch: int) -> dict[str, Any]:
     M, N, K = 512, 1024, 2048
     x, dY, W, g, bias = bf16(M, K), bf16(M, N), bf16(N, K), torch.empty(N), bf16(N)
     found: dict[str, Any] = {}
-
-    def add(kernel: str, label: str, call: Any) -> None:
-        for i, tile in enumerate(entries(kernel)):
-            found[f"{kernel} {label} #{i}"] = lambda tile=tile: call(tile)
-
-    for rank in (16, 64, 256):
+    for rank in RANKS:
         A, B, h = bf16(rank, K), bf16(N, rank), bf16(M, rank)
-        r = f"r={rank}"
-        add("narrow", f"x A^T {r}", lambda t, A=A: lora.narrow(x, A.T, t))
-        add("narrow", f"dY B {r}", lambda t, B=B: lora.narrow(dY, B, t))
-        add("gemm", f"y {r}", lambda t, h=h, B=B: lora.gemm(x, W.T, h, B.T, None, None, t))
-        add("gemm", f"y g bias {r}", lambda t, h=h, B=B: lora.gemm(x, W.T, h, B.T, bias, g, t))
-        add("gemm", f"dx {r}", lambda t, h=h, A=A: lora.gemm(dY, W, h, A, None, None, t))
+
+        def add(kernel: str, label: str, call: Any, rank: int = rank) -> None:
+            for i, tile in enumerate(chosen(kernel, arch, rank)):
+                found[f"{kernel}{label} r={rank} #{i}"] = lambda tile=tile: call(tile)
+
+        add("narrow", " x A^T", lambda t, A=A: lora.narrow(x, A.T, t))
+        add("narrow", " dY B", lambda t, B=B: lora.narrow(dY, B, t))
+        add("gemm", " y", lambda t, h=h, B=B: lora.gemm(x, W.T, h, B.T, None, None, t))
+        add("gemm", " y g bias", lambda t, h=h, B=B: lora.gemm(x, W.T, h, B.T, bias, g, t))
+        add("gemm", " dx", lambda t, h=h, A=A: lora.gemm(dY, W, h, A, None, None, t))
+        add("over_rows", " dA", lambda t, h=h, A=A: lora.over_rows(
+            x, h, torch.empty(A.shape), transposed=True, tile=t))  # fmt: skip
+        add("dora_norm", "", lambda t, A=A, B=B: dora.dora_norm(W, A, B, 1.5, t))
+        add("dora_epilogue", "", lambda t, h=h, B=B: dora.dora_epilogue(dY, h, B, bias, g, t))
         if rank <= lora.SPLIT_RANK:
-            add("dy_pass", r, lambda t, h=h, B=B: lora.dy_pass(dY, B, h, 1.5, tile=t))
-            add(
-                "dy_pass", f"g y bias {r}",
-                lambda t, h=h, B=B: lora.dy_pass(dY, B, h, 1.5, g, bf16(M, N), bias, t),
-            )  # fmt: skip
-        add(
-            "over_rows", f"dA {r}",
-            lambda t, h=h, r=rank: lora.over_rows(x, h, torch.empty(r, K), transposed=True, tile=t),
-        )  # fmt: skip
-        add("dora_norm", r, lambda t, A=A, B=B: dora.dora_norm(W, A, B, 1.5, t))
-        add("dora_epilogue", r, lambda t, h=h, B=B: dora.dora_epilogue(dY, h, B, bias, g, t))
+            add("dy_pass", "", lambda t, h=h, B=B: lora.dy_pass(dY, B, h, 1.5, tile=t))
+            add("dy_pass", " g y bias", lambda t, h=h, B=B: lora.dy_pass(
+                dY, B, h, 1.5, g, bf16(M, N), bias, t))  # fmt: skip
     A, B, h = bf16(16, K), bf16(N, 16), bf16(M, 16)
     found["dora_small_gain"] = lambda: dora.dora_small_gain(dY, x, h, W, B, g, torch.empty(N))
     found["sum_parts"] = lambda: lora.sum_parts(torch.empty(4, N, 16), torch.empty(N, 16), 1.5, g)
     return found
 
 
-def _inherits(path: Path, parent: str) -> bool:
-    return json.loads(path.read_text()).get("inherits") == parent
+def quanta_cases(arch: int) -> dict[str, Any]:
+    """QuanTA's kernels with the tiles that each size of gate takes."""
+    import torch
+
+    from structadapt.kernels import _launch, quanta, reference
+
+    def bf16(*shape: int) -> Any:
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    def chain(before: tuple[int, ...], after: tuple[int, ...]) -> list[quanta.Gate]:
+        sizes, gates = list(before), []
+        pairs = reference.quanta_pairs(len(sizes))
+        for k, (b, a) in enumerate(pairs):
+            old = sizes[b], sizes[a]
+            for axis in (b, a):  # an axis takes its new size at the last gate that has it
+                if not any(axis in pair for pair in pairs[k + 1 :]):
+                    sizes[axis] = after[axis]
+            gates.append(torch.empty(sizes[b], sizes[a], *old))
+        return quanta.chain_of(gates, torch.bfloat16, minus_eye=True)
+
+    M = 64
+    found: dict[str, Any] = {}
+
+    def add(kernel: str, label: str, sizes: dict[str, int], call: Any) -> None:
+        tiles: list[Record] = []
+        for name in tables(arch):
+            entries = _launch.read_table(name).get(kernel)
+            tile = _launch.nearest(entries, {"M": 8192, **sizes}) if entries else None
+            tiles += [tile] if tile and tile not in tiles else []
+        for i, tile in enumerate(tiles):
+            found[f"{kernel} {label} #{i}"] = lambda tile=tile: call(tile)
+
+    def gate_case(label: str, steps: list[quanta.Gate], k: int, plus: bool) -> None:
+        step, first = steps[k], steps[0].before
+        total = bf16(M, math.prod(step.before))
+        part = quanta.Part(bf16(M, math.prod(first)), first, total)
+        out = bf16(M, math.prod(step.after))
+        if not plus:
+            part = quanta.Part(total, step.before)
+        add("gate", label, {**step.tiles_for, "sources": 1 + plus}, lambda t: quanta.gate(part, step, out, tile=t))
+
+    def grad_case(label: str, steps: list[quanta.Gate], k: int, plus: bool) -> None:
+        back = quanta.transposed(steps)
+        step, first, last = steps[k], steps[0].before, steps[-1].after
+        r, t = bf16(M, math.prod(step.after)), bf16(M, math.prod(step.before))
+        after, before = quanta.Part(r, step.after), quanta.Part(t, step.before)
+        if plus:
+            after = quanta.Part(bf16(M, math.prod(last)), last, r)
+            before = quanta.Part(bf16(M, math.prod(first)), first, t)
+        add("gate_grad", label, {**step.tiles_for, "sources": 1 + plus},
+            lambda t: quanta.gate_grad(after, before, step, back[-1 - k], t))  # fmt: skip
+
+    chains = {
+        "16^3": chain((16,) * 3, (16,) * 3),
+        "8^4": chain((8,) * 4, (8,) * 4),
+        "16 16 56": chain((16,) * 3, (16, 16, 56)),
+    }
+    for name, ks in (("16^3", (0, 1, 2)), ("8^4", (1, 3)), ("16 16 56", (1, 2))):
+        steps = chains[name]
+        for k in ks:
+            pair = "{}{}".format(*steps[k].pair)
+            for plus in (False, True):
+                label = f"{name} {pair}" + " + x" * plus
+                gate_case(label, steps, k, plus)
+                gate_case(f"{label} T", quanta.transposed(steps), len(steps) - 1 - k, plus)
+                grad_case(label, steps, k, plus)
+    for name, kernel in (("16^3", "chain3"), ("8^4", "chain4")):
+        steps = chains[name]
+        x, y, kept = bf16(M, 4096), bf16(M, 4096), bf16(len(steps) - 1, M, 4096)
+        for label, minus_eye, keep in (("-E", True, None), ("", False, None), ("-E kept", True, kept)):
+            add(kernel, label, {}, lambda t, steps=steps, minus_eye=minus_eye, keep=keep: quanta.chain(
+                x, steps, y, minus_eye, keep, tile=t))  # fmt: skip
+        add(kernel, "onto", {}, lambda t, steps=steps: quanta.chain(x, steps, y, False, onto=True, tile=t))
+    return found
+
+
+def logprob_cases(arch: int) -> dict[str, Any]:
+    """The row kernel of the log-prob head: a vocabulary that no power of two divides."""
+    import torch
+
+    from structadapt.kernels import logprob
+
+    C, V = 64, 50257
+    found: dict[str, Any] = {}
+
+    def padded(dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(C, V + -V % 16, dtype=dtype)[:, :V]
+
+    Z, D, g = padded(torch.float32), padded(torch.bfloat16), torch.empty(C)
+    ids, bias = torch.empty(C, dtype=torch.int64), torch.empty(V, dtype=torch.bfloat16)
+    for name, *given in (("value", None, None, None), ("u", None, D, None), ("dW", bias, D, g)):
+        for i, tile in enumerate(entries("logprob", arch)):
+            found[f"logprob {name} #{i}"] = lambda t=tile, given=given: logprob.rows(
+                Z, given[0], ids, 0.7, given[1], 1.0, given[2], t)  # fmt: skip
+    return found
 
 
 def compile_all(arch: int, only: str) -> list[Record]:

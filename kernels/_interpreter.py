@@ -7,22 +7,19 @@ pull/11585 was closed as not supported). `repair` makes the dot and the casts ex
 bf16 arithmetic, which kernels here do not use, raise.
 """
 
+import os
 from typing import Any
 
 import numpy as np
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def interpreting() -> bool:
     """Whether kernels decorated from here on run in the interpreter."""
     knobs = getattr(triton, "knobs", None)
-    if knobs is not None:
-        return bool(knobs.runtime.interpret)
-    import os
-
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return bool(knobs.runtime.interpret) if knobs else os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def repair() -> None:
@@ -51,11 +48,10 @@ def repair() -> None:
         _refuse_bare(a)
         return unary(self, a, op)
 
-    InterpreterBuilder.create_dot = create_dot
-    InterpreterBuilder.cast_impl = cast_impl
-    InterpreterBuilder.binary_op = binary_op
-    InterpreterBuilder.unary_op = unary_op
-    InterpreterBuilder.repaired = True  # type: ignore[attr-defined]
+    patches = {"create_dot": create_dot, "cast_impl": cast_impl, "binary_op": binary_op,
+               "unary_op": unary_op, "repaired": True}  # fmt: skip
+    for name, patch in patches.items():
+        setattr(InterpreterBuilder, name, patch)
 
 
 def _is_bf16(handle: Any) -> bool:
@@ -78,7 +74,3 @@ def _narrowed(handle: Any) -> Any:
     bits = np.ascontiguousarray(handle.data, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return TensorHandle(np.where(np.isnan(handle.data), np.uint16(0x7FC0), rounded), tl.bfloat16)
-
-
-def is_interpreted(kernel: Any) -> bool:
-    return isinstance(kernel, InterpretedFunction)

@@ -93,14 +93,18 @@ def tile(kernel: str, device: torch.device, **sizes: int) -> Tile:
 
 @functools.cache
 def _nearest(kernel: str, device: torch.device, sizes: tuple[tuple[str, int], ...]) -> Tile:
-    wanted = dict(sizes)
+    return nearest(table(device)[kernel], dict(sizes))
+
+
+def nearest(entries: list[dict[str, Any]], wanted: dict[str, int]) -> Tile:
+    """The tile of the entry whose case is the closest, by the ratios of the sizes it names."""
 
     def distance(entry: dict[str, Any]) -> float:
         case = entry.get("case", {})
-        shared = [k for k in case if k in wanted]
-        return sum(abs(math.log2(max(case[k], 1) / max(wanted[k], 1))) for k in shared)
+        named = [k for k in case if k in wanted]
+        return sum(abs(math.log2(max(case[k], 1) / max(wanted[k], 1))) for k in named)
 
-    found: Tile = min(table(device)[kernel], key=distance)["tile"]
+    found: Tile = min(entries, key=distance)["tile"]
     return found
 
 
@@ -117,6 +121,16 @@ def splits(rows: int, block: int, others: int, device: torch.device, waves: int 
     """
     fill = waves * MULTIPROCESSORS.get(architecture(device), 2)
     return max(1, min(cdiv(rows, block), fill // max(others, 1), 64))
+
+
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch on the device of the tensors, which may not be the current one."""
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **options)
+    else:
+        kernel[grid](*arguments, **options)
 
 
 # -- what a kernel can take ------------------------------------------------------------------------

@@ -108,12 +108,16 @@ def dora_small_gain_kernel(
         u = tl.zeros((BM,), tl.float32)
         for k0 in range(0, K, BK):
             inside = k < K - k0
-            p = tl.load(x + long * sxm + k0 + k[None, :], mask=rows[:, None] & inside[None, :], other=0.0)
+            p = tl.load(
+                x + long * sxm + k0 + k[None, :], mask=rows[:, None] & inside[None, :], other=0.0
+            )
             q = tl.load(w + n * swn + k0 + k, mask=inside, other=0.0)
             u += tl.sum(p.to(tl.float32) * q.to(tl.float32)[None, :], 1)
         for r0 in range(0, R, BR):
             inside = r < R - r0
-            p = tl.load(h + long * shm + r0 + r[None, :], mask=rows[:, None] & inside[None, :], other=0.0)
+            p = tl.load(
+                h + long * shm + r0 + r[None, :], mask=rows[:, None] & inside[None, :], other=0.0
+            )
             q = tl.load(b + n * sbn + r0 + r, mask=inside, other=0.0)
             u += tl.sum(p.to(tl.float32) * q.to(tl.float32)[None, :], 1)
         d = tl.load(dy + m.to(tl.int64) * sdm + n, mask=rows, other=0.0).to(tl.float32)
@@ -133,7 +137,8 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float, tile: Tile | None =
     blocks, launch = _launch.split(tile or _launch.tile("dora_norm", W.device, rank=R, N=N, K=K))
     blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
     out = torch.empty(N, dtype=torch.float32, device=W.device)
-    dora_norm_kernel[(cdiv(N, blocks["BN"]),)](
+    _launch.run(
+            dora_norm_kernel, (cdiv(N, blocks["BN"]),),
         W, A.float(), B.float(), out, N, K, R, scale, W.stride(0), A.stride(0), B.stride(0),
         LOW=LOW_PRECISION, **blocks, **launch,
     )  # fmt: skip
@@ -149,7 +154,8 @@ def dora_epilogue(
     blocks, launch = _launch.split(tile)
     blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
     if M:
-        dora_epilogue_kernel[(cdiv(M, blocks["BM"]), cdiv(N, blocks["BN"]))](
+        _launch.run(
+            dora_epilogue_kernel, (cdiv(M, blocks["BM"]), cdiv(N, blocks["BN"])),
             base, h, b, base if bias is None else bias, g, M, N, R, base.stride(0), h.stride(0),
             b.stride(0), HAS_BIAS=bias is not None, PRECISION=PRECISION, **blocks, **launch,
         )  # fmt: skip
@@ -161,7 +167,8 @@ def dora_small_gain(
 ) -> Tensor:
     """The gradient of every g with |g| < SMALL_GAIN, into dg (N,)."""
     (M, N), K, R = dY.shape, X.shape[1], h.shape[1]
-    dora_small_gain_kernel[(N,)](
+    _launch.run(
+            dora_small_gain_kernel, (N,),
         dY, X, h, W, b, g, dg, M, K, R, dY.stride(0), X.stride(0), h.stride(0), W.stride(0),
         b.stride(0), SMALL=SMALL_GAIN, BM=32, BK=128, BR=16, num_warps=4,
     )  # fmt: skip
@@ -193,7 +200,7 @@ def dora_backward(
     dY, X = readable(flat(dy)), flat(x)
     b = scaled(B, scale, dy.dtype)
     gb = (g[:, None] * scale * B.float()).to(dy.dtype)
-    found = _over_dY(dY, gb, h, scale, g, flat(y) if needs[5] else None, bias)
+    found = _read_dy(dY, gb, h, scale, g, flat(y) if needs[5] else None, bias)
     dx = dA = None
     if needs[0]:
         by = plan("lora_backward", X, W, A.shape[0])
@@ -207,15 +214,15 @@ def dora_backward(
     return dx, dW, dbias, dA, dB, dg
 
 
-def _over_dY(
+def _read_dy(
     dY: Tensor, gb: Tensor, h: Tensor, scale: float, g: Tensor, y: Tensor | None,
     bias: Tensor | None,
 ) -> FromDY:  # fmt: skip
     """One reading of dY; two where the rank is too large for its registers."""
     if gb.shape[1] <= SPLIT_RANK:
         return dy_pass(dY, gb, h, scale, g, y, bias)
-    none = gb[:, :1], h[:, :1]  # of rank 1: only g dY and dg are taken from it
-    part = dy_pass(dY, *(t.contiguous() for t in none), scale, g, y, bias)
+    b, h1 = gb[:, :1].contiguous(), h[:, :1].contiguous()  # only g dY and dg are taken from it
+    part = dy_pass(dY, b, h1, scale, g, y, bias)
     out = torch.empty(gb.shape, dtype=torch.float32, device=gb.device)
     dB = over_rows(dY, h, out, transposed=False, factor=scale, scale=g)
     return FromDY(narrow(dY, gb), dB, part.gdY, part.dg)

@@ -72,13 +72,24 @@ def _place(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def _finished(acc, g, bias, first, N, HAS_G: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """g acc + bias for the columns from `first` on."""
+    n = first + tl.arange(0, acc.shape[1])
+    if HAS_G:
+        acc *= tl.load(g + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
 def gemm_kernel(
     x, w, s, b, bias, g, y, M, N, K, R, sxm, swk, swn, ssm, sbr, sbn, sym,
     HAS_BIAS: tl.constexpr, HAS_G: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = g[n] (sum_k x[m, k] w[k, n] + sum_r s[m, r] b[r, n]) + bias[n]."""
-    pid_m, pid_n = _place(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
+    pid_m, pid_n = _place(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)  # pyright: ignore
     m = pid_m * BM + tl.arange(0, BM)
     n = pid_n * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -103,10 +114,7 @@ def gemm_kernel(
         acc = tl.dot(p, q, acc, input_precision=PRECISION)
         ps += BR
         pb += BR * sbr
-    if HAS_G:
-        acc *= tl.load(g + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    acc = _finished(acc, g, bias, pid_n * BN, N, HAS_G, HAS_BIAS)
     py = y + m.to(tl.int64)[:, None] * sym + n[None, :]
     tl.store(py, acc.to(y.dtype.element_ty), mask=rows & columns)
 
@@ -126,33 +134,25 @@ def gemm_tma_kernel(
     """
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     for pid in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
-        pid_m, pid_n = _place(pid, tiles_m, tiles_n, GROUP_M)
+        pid_m, pid_n = _place(pid, tiles_m, tiles_n, GROUP_M)  # pyright: ignore
         m, n = pid_m * BM, pid_n * BN
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, K, BK):
             p = x.load([m, k])
-            if W_IS_NK:
-                acc = tl.dot(p, w.load([n, k]).T, acc)
-            else:
-                acc = tl.dot(p, w.load([k, n]), acc)
+            q = w.load([n, k]).T if W_IS_NK else w.load([k, n])
+            acc = tl.dot(p, q, acc)
         for r in tl.range(0, R, BR, num_stages=1):
             p = s.load([m, r])
-            if W_IS_NK:
-                acc = tl.dot(p, b.load([n, r]).T, acc)
-            else:
-                acc = tl.dot(p, b.load([r, n]), acc)
-        columns = n + tl.arange(0, BN)
-        if HAS_G:
-            acc *= tl.load(g + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        if HAS_BIAS:
-            acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+            q = b.load([n, r]).T if W_IS_NK else b.load([r, n])
+            acc = tl.dot(p, q, acc)
         if EPILOGUE == 2:
             halves = tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1))
             left, right = tl.split(halves)
-            y.store([m, n], left.to(y.dtype))
-            y.store([m, n + BN // 2], right.to(y.dtype))
+            y.store([m, n], _finished(left, g, bias, n, N, HAS_G, HAS_BIAS).to(y.dtype))
+            n += BN // 2
+            y.store([m, n], _finished(right, g, bias, n, N, HAS_G, HAS_BIAS).to(y.dtype))
         else:
-            y.store([m, n], acc.to(y.dtype))
+            y.store([m, n], _finished(acc, g, bias, n, N, HAS_G, HAS_BIAS).to(y.dtype))
 
 
 @triton.jit
@@ -230,12 +230,19 @@ def over_rows_kernel(
         p = tl.load(z + long * szm + c[None, :], mask=rows & (c < C)[None, :], other=0.0)
         q = tl.load(h + long * shm + r[None, :], mask=rows & (r < R)[None, :], other=0.0)
         acc = tl.dot(p.T, q, acc, input_precision=PRECISION)
-    po = out + part.to(tl.int64) * sop + c.to(tl.int64)[:, None] * soc + r.to(tl.int64)[None, :] * sor
+    po = (
+        out
+        + part.to(tl.int64) * sop
+        + c.to(tl.int64)[:, None] * soc
+        + r.to(tl.int64)[None, :] * sor
+    )
     tl.store(po, acc, mask=(c < C)[:, None] & (r < R)[None, :])
 
 
 @triton.jit
-def sum_parts_kernel(parts, scale, out, P, n, factor, per, BLOCK: tl.constexpr, SCALED: tl.constexpr):
+def sum_parts_kernel(
+    parts, scale, out, P, n, factor, per, BLOCK: tl.constexpr, SCALED: tl.constexpr
+):
     """out[i] = factor (times scale[i // per]) times the sum of parts[p, i], in the order of p."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
@@ -256,12 +263,15 @@ PRECISION = "ieee"  # of fp32 operands; bf16 and fp16 multiply exactly whatever 
 SPLIT_RANK = 64  # the largest rank that the one pass over dY keeps in registers
 
 
-def sum_parts(parts: Tensor, out: Tensor, factor: float = 1.0, scale: Tensor | None = None) -> Tensor:
+def sum_parts(
+    parts: Tensor, out: Tensor, factor: float = 1.0, scale: Tensor | None = None
+) -> Tensor:
     """out = factor * scale[row] * parts.sum(0), parts (P, *out.shape) contiguous fp32."""
     n, block = out.numel(), 1024
     if n:
         per = n // out.shape[0]
-        sum_parts_kernel[(cdiv(n, block),)](
+        _launch.run(
+            sum_parts_kernel, (cdiv(n, block),),
             parts, out if scale is None else scale, out, parts.shape[0], n, factor, per,
             BLOCK=block, SCALED=scale is not None, num_warps=4,
         )  # fmt: skip
@@ -280,7 +290,8 @@ def narrow(x: Tensor, w: Tensor, tile: Tile | None = None) -> Tensor:
     grid_m, grid_r = cdiv(M, blocks["BM"]), cdiv(R, blocks["BR"])
     parts, span = _parts(K, 2 * blocks["BK"], grid_m * grid_r, x.device)
     target = out if parts == 1 else x.new_empty(parts, M, R, dtype=torch.float32)
-    narrow_kernel[(grid_m, grid_r, parts)](
+    _launch.run(
+            narrow_kernel, (grid_m, grid_r, parts),
         x, w, target, M, K, R, span, x.stride(0), w.stride(0), w.stride(1), M * R, R,
         PRECISION=PRECISION, **blocks, **launch,
     )  # fmt: skip
@@ -312,12 +323,14 @@ def gemm(
         }  # fmt: skip
         made = {k: TensorDescriptor.from_tensor(t, list(block)) for k, (t, block) in shapes.items()}
         programs = min(tiles, _multiprocessors(x.device))
-        gemm_tma_kernel[(programs,)](
+        _launch.run(
+            gemm_tma_kernel, (programs,),
             made["x"], made["w"], made["s"], made["b"], *extra, made["y"], M, N, K, R,
             W_IS_NK=nk, PROGRAMS=programs, **flags, **blocks, **launch,
         )  # fmt: skip
         return y
-    gemm_kernel[(tiles,)](
+    _launch.run(
+            gemm_kernel, (tiles,),
         x, w, s, b, *extra, y, M, N, K, R, x.stride(0), w.stride(0), w.stride(1), s.stride(0),
         b.stride(0), b.stride(1), y.stride(0), PRECISION=PRECISION, **flags, **blocks, **launch,
     )  # fmt: skip
@@ -348,7 +361,8 @@ def over_rows(
     parts, span = _parts(M, blocks["BM"], grid[0] * grid[1], z.device)
     target = z.new_empty(parts, *out.shape, dtype=torch.float32)
     soc, sor = (1, C) if transposed else (R, 1)
-    over_rows_kernel[(*grid, parts)](
+    _launch.run(
+            over_rows_kernel, (*grid, parts),
         z, h, target, M, C, R, span, z.stride(0), h.stride(0), C * R, soc, sor,
         PRECISION=PRECISION, **blocks, **launch,
     )  # fmt: skip
@@ -388,7 +402,8 @@ def dy_pass(
     part_b = torch.empty(parts, N, R, **fp32)
     part_g = None if y is None else torch.empty(parts, N, **fp32)
     g, gdY_, y_, bias_, part_g_ = (dY if t is None else t for t in (g, gdY, y, bias, part_g))
-    dy_pass_kernel[(stripes, parts)](
+    _launch.run(
+            dy_pass_kernel, (stripes, parts),
         dY, b, h, g, y_, bias_, part_s, part_b, part_g_, gdY_, M, N, R, span, dY.stride(0),
         b.stride(0), h.stride(0), y_.stride(0), gdY_.stride(0), M * R, N * R,
         SMALL=SMALL_GAIN, HAS_G=gdY is not None, HAS_DG=y is not None, HAS_BIAS=bias is not None,
@@ -410,14 +425,12 @@ def _parts(rows: int, block: int, others: int, device: torch.device) -> tuple[in
 
 
 def plan(op: str, x: Tensor, W: Tensor, rank: int) -> str:
-    """"cublas" or "triton", by the table: for "lora_forward", "lora_backward", "dora_forward"."""
+    """ "cublas" or "triton", by the table: for "lora_forward", "lora_backward", "dora_forward"."""
     M, (N, K) = x.shape[0], W.shape
     return str(_launch.tile(op, x.device, rank=rank, M=M, N=N, K=K)["plan"])
 
 
-def product(
-    x: Tensor, w: Tensor, s: Tensor, b: Tensor, bias: Tensor | None, by: str
-) -> Tensor:
+def product(x: Tensor, w: Tensor, s: Tensor, b: Tensor, bias: Tensor | None, by: str) -> Tensor:
     """x w + s b + bias, the low-rank product first or in the same kernel."""
     if by == "triton":
         return gemm(x, w, s, b, bias)
@@ -446,7 +459,9 @@ def lora_backward(
 ) -> Grads:  # fmt: skip
     """Gradients of (x, W, bias, A, B)."""
     dY, X = readable(flat(dy)), flat(x)
-    dS, dB = dS_dB(dY, scaled(B, scale, dy.dtype), h, scale, any((needs[0], needs[3])), needs[4])
+    dS, dB = low_gradients(
+        dY, scaled(B, scale, dy.dtype), h, scale, any((needs[0], needs[3])), needs[4]
+    )
     dx = dA = None
     if needs[0]:
         by = plan("lora_backward", X, W, A.shape[0])
@@ -458,7 +473,7 @@ def lora_backward(
     return dx, dW, dbias, dA, None if dB is None else dB.to(B.dtype)
 
 
-def dS_dB(
+def low_gradients(
     dY: Tensor, b: Tensor, h: Tensor, factor: float, need_s: bool, need_b: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """dY b (M, R) and factor dY^T h (N, R): in one reading of dY where the rank allows."""

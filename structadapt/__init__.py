@@ -6,6 +6,7 @@ from structadapt.checkpoint import save
 from structadapt.interop import export_merged, export_peft, load
 from structadapt.layers import AdaptedLinear
 from structadapt.merging import MergeReport, merge, merged, unmerge
+from structadapt.ops import Explanation, backend, explain
 from structadapt.surgery import (
     adapt,
     adapter_parameters,
@@ -19,13 +20,16 @@ from structadapt.surgery import (
 __all__ = [
     "AdaptedLinear",
     "DoRA",
+    "Explanation",
     "LoRA",
     "MergeReport",
     "QuanTA",
     "adapt",
     "adapter_parameters",
+    "backend",
     "delta_weights",
     "disabled",
+    "explain",
     "export_merged",
     "export_peft",
     "grpo",

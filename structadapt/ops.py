@@ -1,23 +1,29 @@
 """The one place where an op meets its implementation.
 
-Adapters and GRPO call these names and never a kernel. An adapted linear layer has two forms: the
-plain one of `kernels/reference.py`, where formulas, shapes and dtypes are written down, and a lean
-one with a hand-written backward that holds little (`kernels/lean.py`, `kernels/lean_quanta.py`).
-The lean one runs in eager mode on plain tensors; the plain one wherever something else looks at the
-operations: torch.compile, export, torch.func, a dispatch mode, a second derivative, tensor
-subclasses.
+Adapters and GRPO call these names and never a kernel. An adapted linear layer has three forms:
+
+    plain   `kernels/reference.py`: formulas, shapes and dtypes are written down there
+    lean    `kernels/lean.py`, `kernels/lean_quanta.py`: plain torch with a hand-written backward
+            that holds little
+    triton  `kernels/lora.py`, `dora.py`, `quanta.py`: the same functions as fused kernels
+
+The last two run in eager mode on plain tensors, as one autograd.Function; `dispatch.py` chooses
+between them. The plain one runs wherever something else looks at the operations: torch.compile,
+export, torch.func, a dispatch mode, a second derivative, tensor subclasses. Under torch.compile a
+layer that may go to Triton is an opaque custom op instead (`opaque.py`).
 """
 
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from structadapt.kernels import lean, lean_quanta, reference
+from structadapt import dispatch, opaque
+from structadapt.dispatch import Choice, backend, observed
+from structadapt.forms import DoRAForm, LoRAForm, QuanTAForm, implementation, run
+from structadapt.kernels import reference
 from structadapt.kernels.reference import (
     dora_gain,
     dora_onto,
@@ -33,10 +39,13 @@ from structadapt.kernels.reference import (
 )
 
 __all__ = [
+    "Explanation",
+    "backend",
     "dora_gain",
     "dora_linear",
     "dora_norm",
     "dora_onto",
+    "explain",
     "eye_gate",
     "lora_linear",
     "lora_weight",
@@ -56,14 +65,22 @@ def lora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
     """y = x W^T + scale (x A^T) B^T + bias. Held for the backward: x and x A^T."""
-    return _run(_LoRA(scale), x, W, bias, A, B)
+    if dispatch.traced_to_kernels(x, A.shape[0]):
+        return opaque.lora_linear(*opaque.cast(x, W, bias), A, B, scale)[0]
+    return run("lora_linear", LoRAForm(scale), x, W, bias, A, B, rank=A.shape[0])
 
 
 def dora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, g: Tensor, scale: float
 ) -> Tensor:
-    """y = g (x W^T + scale (x A^T) B^T) + bias. Held: x, x A^T and the output before g."""
-    return _run(_DoRA(scale), x, W, bias, A, B, g)
+    """y = g (x W^T + scale (x A^T) B^T) + bias.
+
+    Held: x, x A^T and, on torch, the output before g. On Triton the output itself is held in its
+    place, so a write into it (`nn.ReLU(inplace=True)`) makes the backward raise.
+    """
+    if dispatch.traced_to_kernels(x, A.shape[0]):
+        return opaque.dora_linear(*opaque.cast(x, W, bias), A, B, g, scale)[0]
+    return run("dora_linear", DoRAForm(scale), x, W, bias, A, B, g, rank=A.shape[0])
 
 
 def quanta_linear(
@@ -71,164 +88,71 @@ def quanta_linear(
     minus_eye: bool,
 ) -> Tensor:  # fmt: skip
     """y = x W^T + bias + T x, less E x with `minus_eye`, less T0 x with `frozen`. Held: x."""
-    form = _QuanTA(len(gates), minus_eye)
-    if any(gate.requires_grad for gate in frozen):  # the lean backward takes them as constants
+    form = QuanTAForm(len(gates), minus_eye)
+    if any(gate.requires_grad for gate in frozen):  # a backward by hand takes them as constants
         return form.plain(x, W, bias, *gates, *frozen)
-    return _run(form, x, W, bias, *gates, *frozen)
+    if dispatch.traced_to_kernels(x):
+        return opaque.quanta_linear(*opaque.cast(x, W, bias), gates, frozen, minus_eye)
+    return run("quanta_linear", form, x, W, bias, *gates, *frozen)
 
 
 def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """||W + scale B A||_row (out,), without a gradient."""
-    if not _may_be_lean(W, A, B):
+    if dispatch.traced_to_kernels(W, A.shape[0]):
+        return opaque.dora_norm(W, A, B, scale)
+    if not dispatch.plain_tensors(W, A, B):
         return reference.dora_norm(W, A, B, scale)
+    kernels = implementation("dora_norm", W, W, A, B, rank=A.shape[0])
     # A normal tensor also under inference mode: a later training step may use it.
     with torch.inference_mode(False), torch.no_grad():
-        return lean.dora_norm(W, A, B, scale)
+        return kernels.dora_norm(W, A, B, scale)  # type: ignore[no-any-return]
 
 
-# -- how a layer is run ----------------------------------------------------------------------------
-
-
-class _Form(Protocol):
-    """The two forms of one layer, for the tensors (x, W, bias, ...)."""
-
-    def plain(self, *tensors: Any) -> Tensor: ...
-
-    def forward(self, *tensors: Any) -> tuple[Tensor, ...]:
-        """The output, and what the backward wants of the way to it."""
-        ...
-
-    def backward(
-        self,
-        dy: Tensor,
-        tensors: tuple[Any, ...],
-        held: tuple[Tensor, ...],
-        needs: tuple[bool, ...],
-    ) -> tuple[Tensor | None, ...]:
-        """The gradient of each tensor."""
-        ...
-
-
-def _run(form: _Form, x: Tensor, W: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
-    if not _may_be_lean(x, W, *tensors):
-        return form.plain(x, W, bias, *tensors)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))  # W and bias follow x
-    if torch.is_grad_enabled():
-        return _Lean.apply(form, x, W, bias, *tensors)  # type: ignore[no-any-return]
-    return form.forward(x, W, bias, *tensors)[0]
-
-
-def observed() -> bool:
-    """Whether something else looks at the operations: a compiler, a tracer, torch.func, forward
-    differentiation, a dispatch mode (as in selective checkpointing, which counts them)."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-def _may_be_lean(*tensors: Tensor) -> bool:
-    return not (tensors[0].is_meta or observed() or any(_overridden(type(t)) for t in tensors))
-
-
-@functools.cache
-def _overridden(kind: type[Tensor]) -> bool:
-    """Whether a subclass (sharded, quantised, fake) has operations of its own."""
-    plain = getattr(Tensor, "__torch_dispatch__", None)
-    return getattr(kind, "__torch_dispatch__", None) is not plain
-
-
-class _Lean(torch.autograd.Function):
-    """A form with its hand-written backward."""
-
-    @staticmethod
-    def forward(ctx: Any, form: _Form, *tensors: Tensor | None) -> Tensor:
-        y, *held = form.forward(*tensors)
-        ctx.form, ctx.n_inputs = form, len(tensors)
-        ctx.save_for_backward(*tensors, *held)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        saved = ctx.saved_tensors  # read once: checkpointing allows no second time
-        tensors, held = saved[: ctx.n_inputs], saved[ctx.n_inputs :]
-        needs = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():  # a second derivative is wanted: `held` has no graph
-            wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
-            x, W, bias, *rest = tensors
-            bias = None if bias is None else bias.to(x.dtype)  # as autocast had them
-            y = ctx.form.plain(x, W.to(x.dtype), bias, *rest)
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-            return None, *(next(found) if need else None for need in needs)
-        return None, *ctx.form.backward(dy, tensors, held, needs)
+# -- which of them runs, and why -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _LoRA:
-    scale: float
+class Explanation:
+    """What ran each op of a call, in order."""
 
-    def plain(self, *tensors: Any) -> Tensor:
-        return reference.lora_linear(*tensors, scale=self.scale)
+    choices: tuple[Choice, ...]
 
-    def forward(self, *tensors: Any) -> tuple[Tensor, ...]:
-        return lean.lora_forward(*tensors, scale=self.scale)
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.choices)) or "no op of structadapt was called"
 
-    def backward(self, dy: Tensor, tensors: Any, held: Any, needs: Any) -> Any:
-        x, W, _, A, B = tensors
-        (h,) = held
-        return lean.lora_backward(dy, x, h, W, A, B, self.scale, needs)
+    @property
+    def backend(self) -> str:
+        """ "triton", "torch", "mixed", or "" if there was no op."""
+        found = {choice.backend for choice in self.choices}
+        return found.pop() if len(found) == 1 else "mixed" if found else ""
 
-
-@dataclass(frozen=True)
-class _DoRA:
-    scale: float
-
-    def plain(self, *tensors: Any) -> Tensor:
-        return reference.dora_linear(*tensors, scale=self.scale)
-
-    def forward(self, *tensors: Any) -> tuple[Tensor, ...]:
-        return lean.dora_forward(*tensors, scale=self.scale)
-
-    def backward(self, dy: Tensor, tensors: Any, held: Any, needs: Any) -> Any:
-        x, W, bias, A, B, g = tensors
-        h, u = held
-        return lean.dora_backward(dy, x, h, u, W, bias, A, B, g, self.scale, needs)
+    @property
+    def reason(self) -> str:
+        """The reasons, each once."""
+        return "; ".join(dict.fromkeys(choice.reason for choice in self.choices))
 
 
-@dataclass(frozen=True)
-class _QuanTA:
-    n_gates: int
-    minus_eye: bool
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend runs an op with these arguments, and why; the op is run once, without grad.
 
-    def plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *chains: Tensor) -> Tensor:
-        gates, frozen = [*chains[: self.n_gates]], [*chains[self.n_gates :]]
-        update = quanta_update(x, gates, W.shape[0], self.minus_eye)
-        if frozen:
-            update = update - quanta_update(x, frozen, W.shape[0], False)
-        return F.linear(x, W, bias) + update
+    op: the name of one ("lora_linear", "dora_linear", "quanta_linear", "dora_norm"), or anything
+    callable that calls them, an adapted layer or model first of all:
 
-    def forward(
-        self, x: Tensor, W: Tensor, bias: Tensor | None, *chains: Tensor
-    ) -> tuple[Tensor, ...]:
-        gates, frozen = [*chains[: self.n_gates]], [*chains[self.n_gates :]]
-        X, W, bias = lean.flat(x), W.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        moved = lean_quanta.quanta_forward(X, gates, frozen, W.shape[0], self.minus_eye)
-        if moved.dtype != x.dtype or X.shape[0] <= lean.FEW:
-            return (lean.shaped(F.linear(X, W, bias).add_(moved), x),)
-        y = moved.addmm_(X, W.T) if bias is None else moved.add_(bias).addmm_(X, W.T)
-        return (lean.shaped(y, x),)
+        print(sa.explain(model, input_ids))
 
-    def backward(self, dy: Tensor, tensors: Any, held: Any, needs: Any) -> Any:
-        x, W, _, *chains = tensors
-        gates, frozen = chains[: self.n_gates], chains[self.n_gates :]
-        X, dY = lean.flat(x), lean.flat(dy)
-        dx, dgates = lean_quanta.quanta_backward(
-            dY, X, gates, frozen, self.minus_eye, any(needs[3:])
-        )
-        dx = dx.addmm_(dY, W.to(dy.dtype)).view(x.shape) if needs[0] else None
-        dW = (dY.T @ X).to(W.dtype) if needs[1] else None
-        return dx, dW, dY.sum(0) if needs[2] else None, *dgates, *(None for _ in frozen)
+    Raises ValueError for an unknown name, and what the call itself raises.
+    """
+    if isinstance(op, str) and op not in OPS:
+        raise ValueError(f"unknown op {op!r}: expected one of {', '.join(OPS)}, or a callable")
+    function = OPS[op] if isinstance(op, str) else op
+    with dispatch.watching() as choices, torch.no_grad():
+        function(*args, **kwargs)
+    return Explanation(tuple(choices))
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    "lora_linear": lora_linear,
+    "dora_linear": dora_linear,
+    "quanta_linear": quanta_linear,
+    "dora_norm": dora_norm,
+}

@@ -1,0 +1,157 @@
+"""The forms of an adapted linear layer, and the one autograd.Function that runs two of them."""
+
+from dataclasses import dataclass, replace
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from structadapt import dispatch
+from structadapt.kernels import lean, lean_quanta, reference
+
+# Modules with the same functions: imported when first chosen, since they import triton.
+TRITON = {"lora_linear": "lora", "dora_linear": "dora", "dora_norm": "dora",
+          "quanta_linear": "quanta"}  # fmt: skip
+
+
+class Form(Protocol):
+    """The forms of one layer, for the tensors (x, W, bias, ...)."""
+
+    kernels: ModuleType | None  # whose functions do the work
+
+    def plain(self, *tensors: Any) -> Tensor: ...
+
+    def forward(self, *tensors: Any) -> tuple[Tensor, ...]:
+        """The output, and what the backward wants of the way to it."""
+        ...
+
+    def backward(
+        self,
+        dy: Tensor,
+        tensors: tuple[Any, ...],
+        held: tuple[Tensor, ...],
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient of each tensor."""
+        ...
+
+
+def implementation(op: str, x: Tensor, W: Tensor, *others: Tensor, rank: int = 0) -> ModuleType:
+    """The module that has the functions of an op for these tensors."""
+    if dispatch.choose(op, x, W, *others, rank=rank) == "triton":
+        return import_module(f"structadapt.kernels.{TRITON[op]}")
+    return lean_quanta if op == "quanta_linear" else lean
+
+
+def run(
+    op: str, form: Any, x: Tensor, W: Tensor, bias: Tensor | None, *tensors: Tensor, rank: int = 0
+) -> Tensor:
+    """The output (..., out) of a layer."""
+    if not dispatch.plain_tensors(x, W, *tensors):
+        if not x.is_meta:
+            dispatch.settle(op, x, W, "something looks at the operations, or a tensor's type does")
+        return form.plain(x, W, bias, *tensors)  # type: ignore[no-any-return]
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # W and bias follow x
+    form = replace(form, kernels=implementation(op, x, W, *tensors, rank=rank))
+    if torch.is_grad_enabled():
+        return _ByHand.apply(form, x, W, bias, *tensors)  # type: ignore[no-any-return]
+    return form.forward(x, W, bias, *tensors)[0]  # type: ignore[no-any-return]
+
+
+class _ByHand(torch.autograd.Function):
+    """A form with its hand-written backward."""
+
+    @staticmethod
+    def forward(ctx: Any, form: Form, *tensors: Tensor | None) -> Tensor:
+        y, *held = form.forward(*tensors)
+        ctx.form, ctx.n_inputs = form, len(tensors)
+        ctx.save_for_backward(*tensors, *held)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved = ctx.saved_tensors  # read once: checkpointing allows no second time
+        tensors, held = saved[: ctx.n_inputs], saved[ctx.n_inputs :]
+        needs = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # a second derivative is wanted: `held` has no graph
+            wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
+            x, W, bias, *rest = tensors
+            bias = None if bias is None else bias.to(x.dtype)  # as autocast had them
+            y = ctx.form.plain(x, W.to(x.dtype), bias, *rest)
+            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+            return None, *(next(found) if need else None for need in needs)
+        return None, *ctx.form.backward(dy, tensors, held, needs)
+
+
+@dataclass(frozen=True)
+class LoRAForm:
+    scale: float
+    kernels: Any = lean
+
+    def plain(self, *tensors: Any) -> Tensor:
+        return reference.lora_linear(*tensors, scale=self.scale)
+
+    def forward(self, *tensors: Any) -> tuple[Tensor, ...]:
+        return self.kernels.lora_forward(*tensors, scale=self.scale)
+
+    def backward(self, dy: Tensor, tensors: Any, held: Any, needs: Any) -> Any:
+        x, W, _, A, B = tensors
+        (h,) = held
+        return self.kernels.lora_backward(dy, x, h, W, A, B, self.scale, needs)
+
+
+@dataclass(frozen=True)
+class DoRAForm:
+    scale: float
+    kernels: Any = lean
+
+    def plain(self, *tensors: Any) -> Tensor:
+        return reference.dora_linear(*tensors, scale=self.scale)
+
+    def forward(self, *tensors: Any) -> tuple[Tensor, ...]:
+        return self.kernels.dora_forward(*tensors, scale=self.scale)
+
+    def backward(self, dy: Tensor, tensors: Any, held: Any, needs: Any) -> Any:
+        x, W, bias, A, B, g = tensors
+        h, u = held
+        return self.kernels.dora_backward(dy, x, h, u, W, bias, A, B, g, self.scale, needs)
+
+
+@dataclass(frozen=True)
+class QuanTAForm:
+    n_gates: int
+    minus_eye: bool
+    kernels: Any = lean_quanta
+
+    def plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *chains: Tensor) -> Tensor:
+        gates, frozen = [*chains[: self.n_gates]], [*chains[self.n_gates :]]
+        update = reference.quanta_update(x, gates, W.shape[0], self.minus_eye)
+        if frozen:
+            update = update - reference.quanta_update(x, frozen, W.shape[0], False)
+        return F.linear(x, W, bias) + update
+
+    def forward(
+        self, x: Tensor, W: Tensor, bias: Tensor | None, *chains: Tensor
+    ) -> tuple[Tensor, ...]:
+        gates, frozen = [*chains[: self.n_gates]], [*chains[self.n_gates :]]
+        X, W, bias = lean.flat(x), W.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        moved = self.kernels.quanta_forward(X, gates, frozen, W.shape[0], self.minus_eye)
+        if moved.dtype != x.dtype or X.shape[0] <= lean.FEW:
+            return (lean.shaped(F.linear(X, W, bias).add_(moved), x),)
+        y = moved.addmm_(X, W.T) if bias is None else moved.add_(bias).addmm_(X, W.T)
+        return (lean.shaped(y, x),)
+
+    def backward(self, dy: Tensor, tensors: Any, held: Any, needs: Any) -> Any:
+        x, W, _, *chains = tensors
+        gates, frozen = chains[: self.n_gates], chains[self.n_gates :]
+        X, dY = lean.flat(x), lean.flat(dy)
+        dx, dgates = self.kernels.quanta_backward(
+            dY, X, gates, frozen, self.minus_eye, any(needs[3:])
+        )
+        dx = dx.addmm_(dY, W.to(dy.dtype)).view(x.shape) if needs[0] else None
+        dW = (dY.T @ X).to(W.dtype) if needs[1] else None
+        return dx, dW, dY.sum(0) if needs[2] else None, *dgates, *(None for _ in frozen)
