@@ -24,7 +24,7 @@ class Form(Protocol):
 
     def plain(self, *tensors: Any) -> Tensor: ...
 
-    def forward(self, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(self, *tensors: Any) -> tuple[Any, ...]:
         """The output, and what the backward wants of the way to it."""
         ...
 
@@ -112,8 +112,10 @@ class DoRAForm:
     def plain(self, *tensors: Any) -> Tensor:
         return reference.dora_linear(*tensors, scale=self.scale)
 
-    def forward(self, *tensors: Any) -> tuple[Tensor, ...]:
-        return self.kernels.dora_forward(*tensors, scale=self.scale)
+    def forward(self, *tensors: Any) -> tuple[Any, ...]:
+        y, h, u = self.kernels.dora_forward(*tensors, scale=self.scale)
+        g = tensors[-1]
+        return y, h, u if g.requires_grad else None  # only the gradient of g wants it
 
     def backward(self, dy: Tensor, tensors: Any, held: Any, needs: Any) -> Any:
         x, W, bias, A, B, g = tensors

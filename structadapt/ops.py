@@ -99,7 +99,8 @@ def quanta_linear(
 def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """||W + scale B A||_row (out,), without a gradient."""
     if dispatch.traced_to_kernels(W, A.shape[0]):
-        return opaque.dora_norm(W, A, B, scale)
+        with torch.no_grad():
+            return opaque.dora_norm(W, A, B, scale)
     if not dispatch.plain_tensors(W, A, B):
         return reference.dora_norm(W, A, B, scale)
     kernels = implementation("dora_norm", W, W, A, B, rank=A.shape[0])

@@ -1,0 +1,52 @@
+"""Every kernel that ships compiles for GPUs that are not here, and fits them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*options):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "aot.py"), *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+
+
+@pytest.mark.slow
+def test_every_shipped_kernel_fits_every_architecture():
+    """No stack, no spills, shared memory within the limit, the matrix instructions of the
+    architecture, and no more registers than the committed table says, plus a tenth."""
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    for arch in (80, 90, 100):
+        assert done.stdout.count(f"sm_{arch} ") >= 30
+
+
+def test_a_fault_is_reported():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import aot
+    finally:
+        sys.path.pop(0)
+    good = {"case": "gemm y", "arch": 90, "kernel": "gemm_kernel", "registers": 100, "stack": 0}
+    good |= {"spills": 0, "shared": 1000, "HMMA": 0, "HGMMA": 5, "UTCHMMA": 0}
+    known = {("gemm y", 90): good}
+    assert aot.faults(good, known) == []
+    for change, what in (
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"spills": 2}, "2 spills"),
+        ({"shared": 300_000}, "300000 bytes of shared memory"),
+        ({"HGMMA": 0}, "no HGMMA"),
+        ({"registers": 111}, "111 registers, 100 in the table"),
+        ({"case": "gemm other"}, "not in the committed table"),
+        ({"error": "OutOfResources"}, "OutOfResources"),
+    ):
+        assert what in ", ".join(aot.faults({**good, **change}, known))
+    assert aot.faults({**good, "registers": 110}, known) == []

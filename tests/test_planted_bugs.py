@@ -1,0 +1,176 @@
+"""The kernels' checks find bugs: each is planted in a copy of the source, and has to be noticed."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kernel_checks import check, normal
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+BF16 = torch.bfloat16
+
+pytestmark = [
+    pytest.mark.usefixtures("nan_filled"),
+    pytest.mark.filterwarnings("ignore:.*encountered in"),  # what a bug multiplies
+]
+
+
+def load(file, text, folder):
+    """A kernel's module from other source; triton reads it from the file."""
+    path = folder / f"planted_{file}"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(f"planted_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def wrapped_around(rows, width):
+    """Rows 2^30 numbers apart in the upper half of 2^32: a 32-bit offset of the third, 2^31, would
+    go back to the start of the memory, which is zeros and not a crash."""
+    whole = torch.from_numpy(np.zeros((1 << 32) + 64, np.int16)).view(BF16)
+    apart = whole[1 << 31 :].as_strided((rows, width), (1 << 30, 1))
+    return apart.copy_(normal(rows, width, dtype=BF16))
+
+
+def check_lora(m):
+    M, N, K, R = 70, 104, 72, 24
+    x, W, s = normal(M, K, dtype=BF16), normal(N, K, dtype=BF16), normal(M, R, dtype=BF16)
+    dy, b, g = normal(M, N, dtype=BF16), normal(N, R, dtype=BF16), 1 + normal(N).abs()
+    bias = normal(N, dtype=BF16)
+    exact = x.double() @ W.double().T + s.double() @ b.double().T
+    check(m.narrow(x, b[:K].contiguous()), x.double() @ b[:K].double())
+    check(m.gemm(x, W.T, s, b.T, bias, g), g.double() * exact + bias.double())
+    tile = {"BM": 32, "BN": 32, "BK": 32, "BR": 16, "GROUP_M": 2, "EPILOGUE": 2}
+    check(m.gemm(x, W.T, s, b.T, bias, g, tile), g.double() * exact + bias.double())
+    out = m.over_rows(x, s, torch.empty(R, K), transposed=True, factor=3.0)
+    check(out, 3 * s.double().T @ x.double(), 2e-6)
+    y = (g * dy.float() + bias).to(BF16)
+    found = m.dy_pass(dy, b, s, 2.0, g, y, bias)
+    check(found.dS, dy.double() @ b.double())
+    check(found.dB, 2 * g.double()[:, None] * (dy.double().T @ s.double()), 2e-6)
+    check(found.gdY, g.double() * dy.double())
+    dg = (dy.double() * (y.double() - bias.double()) / g.double()).sum(0)
+    check(found.dg, dg, 1e-5)
+    far = wrapped_around(3, 16)
+    check(
+        m.narrow(far, normal(16, 4, dtype=BF16)), far.double() @ normal(16, 4, dtype=BF16).double()
+    )
+
+
+def check_dora(m):
+    W, A, B, g = normal(50, 70, dtype=BF16), normal(20, 70), normal(50, 20), 1 + normal(50).abs()
+    norm = (W.double() + 2 * B.double() @ A.double()).norm(dim=1)
+    check(m.dora_norm(W, A, B, 2.0), norm, 2e-6)
+    h, b, bias = normal(70, 20, dtype=BF16), B.to(BF16), normal(50, dtype=BF16)
+    base = normal(70, 50, dtype=BF16)
+    exact = g.double() * (base.double() + h.double() @ b.double().T) + bias.double()
+    check(m.dora_epilogue(base.clone(), h, b, bias, g), exact)
+    g[3], g[40] = 0, -1e-3
+    x, dy = normal(70, 70, dtype=BF16), normal(70, 50, dtype=BF16)
+    u = x.double() @ W.double().T + h.double() @ b.double().T
+    dg = m.dora_small_gain(dy, x, h, W, b, g, torch.zeros(50))
+    expected = torch.where(g.abs() < m.SMALL_GAIN, (dy.double() * u).sum(0), 0.0)
+    check(dg, expected, 1e-5)
+
+
+BATTERIES = {"lora.py": check_lora, "dora.py": check_dora}
+
+PLANTED = {  # what: (file, right, wrong)
+    "a tail of K that is one too long": (
+        "lora.py",
+        "tl.arange(0, BK) < last - k0",
+        "tl.arange(0, BK) <= last - k0",
+    ),
+    "a tail of K that is not masked": (
+        "lora.py",
+        "inside = k < K - k0",
+        "inside = k < K - k0 + BK",
+    ),
+    "a forgotten factor": ("lora.py", "total *= factor", "total *= 1.0"),
+    "a forgotten part": ("lora.py", "for _ in range(P):", "for _ in range(P - 1):"),
+    "swapped strides of the result": (
+        "lora.py",
+        "(1, C) if transposed else (R, 1)",
+        "(R, 1) if transposed else (1, C)",
+    ),
+    "a sum kept in bf16": (
+        "lora.py",
+        "acc, input_precision=PRECISION)\n        px += BK",
+        "acc, input_precision=PRECISION).to(tl.bfloat16).to(tl.float32)\n        px += BK",
+    ),
+    "a group of tiles that overruns": (
+        "lora.py",
+        "tl.minimum(tiles_m - first, GROUP_M)",
+        "GROUP_M",
+    ),
+    "a last column that is never written": (
+        "lora.py",
+        "tl.store(py, acc.to(y.dtype.element_ty), mask=rows & columns)",
+        "tl.store(py, acc.to(y.dtype.element_ty), mask=rows & (n < N - 1)[None, :])",
+    ),
+    "stripes that write over one another": (
+        "lora.py",
+        "stripe.to(tl.int64) * sdsp",
+        "stripe.to(tl.int64) * 0",
+    ),
+    "a bias that the gain multiplies": (
+        "lora.py",
+        "out -= shift[None, :]",
+        "out -= 0 * shift[None, :]",
+    ),
+    "half of an output that takes the other's gain": (
+        "lora.py",
+        "            n += BN // 2\n",
+        "            n += 0\n",
+    ),
+    "offsets of 32 bits": (
+        "lora.py",
+        "px = x + m.to(tl.int64)[:, None] * sxm + k[None, :]\n    pw = w + k.to(tl.int64)"
+        "[:, None] * swk + r",
+        "px = x + m[:, None] * sxm + k[None, :]\n    pw = w + k[:, None] * swk + r",
+    ),
+    "a low-rank block that is skipped": (
+        "lora.py",
+        "for r0 in tl.range(0, R, BR, num_stages=1):",
+        "for r0 in tl.range(0, BR, BR):",
+    ),
+    "a norm without its scale": ("dora.py", "+ scale * low", "+ low"),
+    "a norm of the first rank block": (
+        "dora.py",
+        "for r0 in range(0, R, BR):\n            inside = r < R - r0\n            p = tl.load("
+        "pb + r0, mask=rows",
+        "for r0 in range(0, BR, BR):\n            inside = r < R - r0\n"
+        "            p = tl.load(pb + r0, mask=rows",
+    ),
+    "a gain after the bias": (
+        "dora.py",
+        "    acc *= tl.load(g + n, mask=n < N, other=0.0).to(tl.float32)[None, :]\n"
+        "    if HAS_BIAS:",
+        "    if HAS_BIAS:\n        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)"
+        "[None, :]\n    acc *= tl.load(g + n, mask=n < N, other=0.0).to(tl.float32)[None, :]\n"
+        "    if False:",
+    ),
+    "small gains of one sign": (
+        "dora.py",
+        "if tl.abs(tl.load(g + n).to(tl.float32)) >= SMALL",
+        "if tl.load(g + n).to(tl.float32) <= -SMALL * 0.001",
+    ),
+}
+
+
+@pytest.mark.parametrize("file", BATTERIES)
+def test_the_source_as_it_is_passes(file, tmp_path):
+    BATTERIES[file](load(file, (KERNELS / file).read_text(), tmp_path))
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_planted_bug_is_noticed(what, tmp_path):
+    file, right, wrong = PLANTED[what]
+    text = (KERNELS / file).read_text()
+    assert text.count(right) == 1, f"{right!r} stands {text.count(right)} times in {file}"
+    module = load(file, text.replace(right, wrong), tmp_path)
+    with pytest.raises(AssertionError):
+        BATTERIES[file](module)
