@@ -263,9 +263,9 @@ def quanta_cases(arch: int) -> dict[str, Any]:
         steps = chains[name]
         x, y, kept = bf16(M, 4096), bf16(M, 4096), bf16(len(steps) - 1, M, 4096)
         for label, minus_eye, keep in (("-E", True, None), ("", False, None), ("-E kept", True, kept)):
-            add(kernel, label, {}, lambda t, steps=steps, minus_eye=minus_eye, keep=keep: quanta.chain(
+            add(kernel, label, {"sources": 1 + minus_eye}, lambda t, steps=steps, minus_eye=minus_eye, keep=keep: quanta.chain(
                 x, steps, y, minus_eye, keep, tile=t))  # fmt: skip
-        add(kernel, "onto", {}, lambda t, steps=steps: quanta.chain(x, steps, y, False, onto=True, tile=t))
+        add(kernel, "onto", {"sources": 1}, lambda t, steps=steps: quanta.chain(x, steps, y, False, onto=True, tile=t))
     return found
 
 

@@ -98,8 +98,9 @@ PLANTED = {  # what: (file, right, wrong)
     ),
     "a sum kept in bf16": (
         "lora.py",
-        "acc, input_precision=PRECISION)\n        px += BK",
-        "acc, input_precision=PRECISION).to(tl.bfloat16).to(tl.float32)\n        px += BK",
+        "tl.dot(p, q, acc, input_precision=PRECISION)\n        px += BK",
+        "tl.dot(p, q, acc, input_precision=PRECISION).to(tl.bfloat16).to(tl.float32)\n"
+        "        px += BK",
     ),
     "a group of tiles that overruns": (
         "lora.py",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from structadapt.grpo import objective
 from structadapt.grpo.rewards import Prompt, Record, Reward, record, score, with_meta
-from structadapt.grpo.rollout import Rollout, evaluating, generate, logprobs
+from structadapt.grpo.rollout import HEADS, Head, Rollout, evaluating, generate, logprobs
 
 RolloutContext = Callable[[], AbstractContextManager[Any]]
 
@@ -39,6 +39,7 @@ class Config:
     clip_low: float = 0.2
     clip_high: float = 0.2
     share_prompts: bool = False  # run a prompt once for its group; needs a differentiable cache
+    head: Head = "auto"  # update without the logits where the model allows; "logits": with them
     max_grad_norm: float = 1.0  # math.inf: no clipping
     seed: int = 0  # of the sampling noise
 
@@ -55,6 +56,7 @@ class Config:
         _check(self.loss in objective.LOSSES, "loss", f"one of {objective.LOSSES}", self.loss)
         scalings = f"one of {objective.SCALINGS}"
         _check(self.advantage in objective.SCALINGS, "advantage", scalings, self.advantage)
+        _check(self.head in HEADS, "head", f"one of {HEADS}", self.head)
         _check(0 <= self.clip_low < 1, "clip_low", "in [0, 1)", self.clip_low)
         _check(self.clip_high >= 0, "clip_high", "not negative", self.clip_high)
         _check(self.max_grad_norm > 0, "max_grad_norm", "positive", self.max_grad_norm)
@@ -254,7 +256,7 @@ def _accumulate(
     clipped, mismatch = 0.0, 0.0
     for rows in slices(len(rollout), config.micro_batch_size):
         part = rollout[rows]
-        logp, _ = logprobs(model, part, config.temperature, config.share_prompts)
+        logp, _ = _logprobs(model, part, config)
         policy = (logp, part.logp, A[rows], part.mask)
         objective.loss(*policy, config.loss, low, high, divisor).backward()
         with torch.no_grad():
@@ -271,10 +273,14 @@ def _kl_after(model: nn.Module, rollout: Rollout, config: Config) -> float:
     for rows in slices(len(rollout), config.micro_batch_size):
         part = rollout[rows]
         with evaluating(model):
-            logp, _ = logprobs(model, part, config.temperature, config.share_prompts)
+            logp, _ = _logprobs(model, part, config)
         kl = objective.kl_from_old(logp, part.logp)
         total += torch.where(part.mask.bool(), kl, 0.0).sum().item()
     return total / max(rollout.mask.sum().item(), 1)
+
+
+def _logprobs(model: nn.Module, part: Rollout, config: Config) -> tuple[Tensor, Tensor]:
+    return logprobs(model, part, config.temperature, config.share_prompts, config.head)
 
 
 def slices(count: int, size: int | None) -> Iterator[slice]:

@@ -14,12 +14,16 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from structadapt import ops
+from structadapt.grpo.output_head import NotPlainError, OutputHead, find_head, refused
+
+Head = Literal["auto", "logits"]
+HEADS = get_args(Head)
 
 
 @dataclass(frozen=True)
@@ -102,25 +106,53 @@ def generate(
 
 
 def logprobs(
-    model: nn.Module, rollout: Rollout, temperature: float = 1.0, share_prompts: bool = False
+    model: nn.Module,
+    rollout: Rollout,
+    temperature: float = 1.0,
+    share_prompts: bool = False,
+    head: Head = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every completion token, (N, T) each, in nats.
 
     The same temperature as in sampling; fp32 softmax; the entropy carries no gradient. Values
     where the mask is 0 mean nothing. share_prompts: as for `generate`; the gradient then goes
     through the cache, which must not be detached from the graph.
+    head: "auto" works from the hidden states before the output head, where that is a plain linear
+    layer (see `output_head`): the logits (N, L, V) are then never made, nor rounded to bf16.
+    "logits" always makes them.
     """
+    plain = find_head(model) if head == "auto" and _innermost(model) is model else None
+    if plain is not None:
+        linear = plain.linear
+        try:
+            hidden = _over_completions(model, rollout, share_prompts, plain)
+        except NotPlainError:
+            pass
+        else:
+            with ops.no_autocast(hidden.device):  # hidden has the dtype of the autocast it ran in
+                return ops.head_logprobs(
+                    hidden, linear.weight, linear.bias, rollout.completion, temperature
+                )
+    logits = _over_completions(model, rollout, share_prompts)
+    if plain is not None:  # and it was not the model itself that failed
+        refused.add(model)
+    return ops.token_logprobs(logits, rollout.completion, temperature)
+
+
+def _over_completions(
+    model: nn.Module, rollout: Rollout, share_prompts: bool, head: OutputHead | None = None
+) -> Tensor:
+    """What each completion token was drawn from: logits (N, T, V), or hidden states (N, T, H)."""
     new = rollout.completion[:, :-1]
     mask = torch.cat([rollout.prompt_mask, rollout.mask], 1)[:, :-1]
-    network = _Network(model, padded=not bool(rollout.prompt_mask.all()))
-    if share_prompts:
-        logits = network.start(rollout.prompt, rollout.prompt_mask, share_prompts)[:, None]
-        if new.shape[1]:
-            logits = torch.cat([logits, network.extend(new, mask)], 1)
-    else:
+    network = _Network(model, padded=not bool(rollout.prompt_mask.all()), head=head)
+    if not share_prompts:
         ids = torch.cat([rollout.prompt, new], 1)
-        logits = network.logits(ids, mask)[:, rollout.prompt.shape[1] - 1 :]
-    return ops.token_logprobs(logits, rollout.completion, temperature)
+        return network.logits(ids, mask)[:, rollout.prompt.shape[1] - 1 :]
+    logits = network.start(rollout.prompt, rollout.prompt_mask, share_prompts)[:, None]
+    if not new.shape[1]:
+        return logits
+    return torch.cat([logits, network.extend(new, mask)], 1)
 
 
 @contextmanager
@@ -140,10 +172,13 @@ CACHE_NAMES = ("past_key_values", "cache")
 
 
 class _Network:
-    """One way to call a model of either form; keeps the cache between tokens."""
+    """One way to call a model of either form; keeps the cache between tokens.
 
-    def __init__(self, model: nn.Module, padded: bool) -> None:
-        self.model = model
+    With `head`, hidden states before the head stand wherever logits are spoken of.
+    """
+
+    def __init__(self, model: nn.Module, padded: bool, head: OutputHead | None = None) -> None:
+        self.model, self.head = model, head
         innermost = _innermost(model)
         self.kind = type(innermost).__name__
         signature = inspect.signature(innermost.forward)
@@ -176,7 +211,7 @@ class _Network:
 
     def logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(N, L, V) of whole sequences, without a cache."""
-        return _logits(self._call(ids, mask, _positions(mask)))
+        return self._call(ids, mask, _positions(mask))[1]
 
     def start(self, ids: Tensor, mask: Tensor, share: bool) -> Tensor:
         """(N, V) after the prompts; `extend` goes on from there."""
@@ -191,11 +226,11 @@ class _Network:
                 torch.cat([ids, mask], 1), dim=0, return_inverse=True
             )
             ids, mask = both.chunk(2, 1)
-        out = self._call(ids, mask, _positions(mask), use_cache=True)
+        out, logits = self._call(ids, mask, _positions(mask), use_cache=True)
         self.cache = _cache(out, self.cache_name)
         if share:
             self.cache = _take_rows(self.cache, rows)
-        return _logits(out)[rows, -1]
+        return logits[rows, -1]
 
     def extend(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(N, L, V) of L more tokens; the mask is that of the whole sequence."""
@@ -204,15 +239,21 @@ class _Network:
             return self.logits(self.ids, mask)[:, -ids.shape[1] :]
         positions = _positions(mask)[:, -ids.shape[1] :]
         cache = {self.cache_name: self.cache, "use_cache": True}
-        out = self._call(ids, mask, positions, **cache)
+        out, logits = self._call(ids, mask, positions, **cache)
         self.cache = _cache(out, self.cache_name)
-        return _logits(out)
+        return logits
 
-    def _call(self, ids: Tensor, mask: Tensor, positions: Tensor, **cache: Any) -> Any:
+    def _call(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, **cache: Any
+    ) -> tuple[Any, Tensor]:
         if self.cached and not cache:
             cache = {"use_cache": False}
         named = {self.mask_name: mask, self.position_name: positions}
-        return self.model(ids, **{name: t for name, t in named.items() if name}, **cache)
+        arguments = {name: t for name, t in named.items() if name} | cache
+        if self.head is not None:
+            return self.head.hidden(lambda: self.model(ids, **arguments), _logits)
+        out = self.model(ids, **arguments)
+        return out, _logits(out)
 
 
 def _innermost(model: nn.Module) -> nn.Module:
