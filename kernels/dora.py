@@ -138,7 +138,7 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float, tile: Tile | None =
     blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
     out = torch.empty(N, dtype=torch.float32, device=W.device)
     _launch.run(
-            dora_norm_kernel, (cdiv(N, blocks["BN"]),),
+        dora_norm_kernel, (cdiv(N, blocks["BN"]),),
         W, A.float(), B.float(), out, N, K, R, scale, W.stride(0), A.stride(0), B.stride(0),
         LOW=LOW_PRECISION, **blocks, **launch,
     )  # fmt: skip
@@ -168,7 +168,7 @@ def dora_small_gain(
     """The gradient of every g with |g| < SMALL_GAIN, into dg (N,)."""
     (M, N), K, R = dY.shape, X.shape[1], h.shape[1]
     _launch.run(
-            dora_small_gain_kernel, (N,),
+        dora_small_gain_kernel, (N,),
         dY, X, h, W, b, g, dg, M, K, R, dY.stride(0), X.stride(0), h.stride(0), W.stride(0),
         b.stride(0), SMALL=SMALL_GAIN, BM=32, BK=128, BR=16, num_warps=4,
     )  # fmt: skip

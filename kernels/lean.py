@@ -9,6 +9,8 @@ Held for the backward, beside the parameters: LoRA x and h (M, r); DoRA also the
 magnitude u (M, out); QuanTA x alone.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from structadapt.kernels import reference
 
 Grads = tuple[Tensor | None, ...]
+Tensors = Sequence[Tensor]
 CHUNK_ELEMENTS = 2**18  # of a norm's rows: a chunk stays in cache
 FEW = 8  # rows of x, as in decoding: casting A and B would cost more than multiplying by them
 
@@ -63,6 +66,54 @@ def lora_backward(
     dbias = dY.sum(0) if needs[2] else None
     dA = (dS.T @ X).to(A.dtype) if needs[3] else None
     return dx, dW, dbias, dA, dB
+
+
+# -- LoRA on several layers that read the same x ---------------------------------------------------
+#
+# Ws, biases, As, Bs and scales have an entry for each layer. h (M, r1 + r2 + ...) holds all of
+# their x A^T: x is read once for them, once for all of their dA, and dx is added up in place.
+
+
+def lora_shared_forward(
+    x: Tensor, Ws: Tensors, biases: list[Tensor | None], As: Tensors, Bs: Tensors,
+    scales: list[float],
+) -> tuple[Tensors, Tensor]:  # fmt: skip
+    """([y, ...], h)."""
+    X = flat(x)
+    h = X @ torch.cat([*As]).to(x.dtype).T
+    ys = []
+    for W, bias, B, scale, part in zip(Ws, biases, Bs, scales, by_layer(h, As), strict=True):
+        y = F.linear(X, W.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        ys.append(shaped(y.addmm_(part, B.to(x.dtype).T, alpha=scale), x))
+    return ys, h
+
+
+def lora_shared_backward(
+    dys: Tensors, x: Tensor, h: Tensor, Ws: Tensors, As: Tensors, Bs: Tensors,
+    scales: list[float], need_x: bool,
+) -> tuple[Tensor | None, Tensors, Tensors]:  # fmt: skip
+    """(dx, [dA, ...], [dB, ...]); W and bias are frozen."""
+    X, dYs = flat(x), [flat(dy) for dy in dys]
+    dS = torch.empty_like(h)
+    dBs = []
+    for dY, B, scale, part, dpart in zip(
+        dYs, Bs, scales, by_layer(h, As), by_layer(dS, As), strict=True
+    ):
+        dpart.copy_(dY @ B.to(x.dtype)).mul_(scale)
+        dBs.append((dY.T @ part).to(B.dtype).mul_(scale))
+    dx = None
+    if need_x:
+        dx = dS @ torch.cat([*As]).to(x.dtype)
+        for dY, W in zip(dYs, Ws, strict=True):
+            dx.addmm_(dY, W.to(x.dtype))
+        dx = dx.view(x.shape)
+    dAs = (dS.T @ X).split([len(A) for A in As])
+    return dx, [t.to(A.dtype) for t, A in zip(dAs, As, strict=True)], dBs
+
+
+def by_layer(t: Tensor, As: Tensors) -> list[Tensor]:
+    """t (n, r1 + r2 + ...) in the columns of each layer."""
+    return [*t.split([len(A) for A in As], 1)]
 
 
 # -- DoRA ------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from structadapt.kernels import _launch
 from structadapt.kernels._interpreter import interpreting, repair
 from structadapt.kernels._launch import Tile, cdiv, power_of_2
-from structadapt.kernels.lean import Grads, flat, shaped
+from structadapt.kernels.lean import Grads, Tensors, by_layer, flat, shaped
 
 if interpreting():
     repair()
@@ -37,10 +37,13 @@ if interpreting():
 
 @triton.jit
 def narrow_kernel(
-    x, w, out, M, K, R, span, sxm, swk, swr, sop, som,
+    x, w, out, M, K, R, RO, span, sxm, swk, swr, sop,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[part, m, r] = sum over part's k of x[m, k] w[k, r]; a part is `span` of the K."""
+    """out[part, m, r] = sum over part's k of x[m, k] w[k, r]; a part is `span` of the K.
+
+    out has RO columns, those from R on 0.
+    """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
     part = tl.program_id(2)
@@ -57,8 +60,8 @@ def narrow_kernel(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         px += BK
         pw += BK * swk
-    po = out + part.to(tl.int64) * sop + m.to(tl.int64)[:, None] * som + r[None, :]
-    tl.store(po, acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
+    po = out + part.to(tl.int64) * sop + m.to(tl.int64)[:, None] * RO + r[None, :]
+    tl.store(po, acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (r < RO)[None, :])
 
 
 @triton.jit
@@ -157,12 +160,12 @@ def gemm_tma_kernel(
 
 @triton.jit
 def dy_pass_kernel(
-    dy, b, h, g, y, bias, ds, db, dg, gdy, M, N, R, span,
+    dy, b, h, g, y, bias, ds, db, dg, gdy, M, N, R, RO, span,
     sdm, sbn, shm, sym, sgm, sdsp, sdbp, SMALL: tl.constexpr,
     HAS_G: tl.constexpr, HAS_DG: tl.constexpr, HAS_BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One stripe of BN columns of dY, `span` of its rows:
+    """One stripe of BN columns of dY, `span` of its rows (ds has RO columns, from R on 0):
 
     ds[stripe, m, r] = sum over the stripe's n of dy[m, n] b[n, r]      (b holds s B, or g s B)
     db[part, n, r]   = sum over the part's m of dy[m, n] h[m, r]
@@ -191,8 +194,8 @@ def dy_pass_kernel(
         long = m.to(tl.int64)[:, None]
         d = tl.load(dy + long * sdm + n[None, :], mask=inside, other=0.0)
         part_s = tl.dot(d, low, input_precision=PRECISION)
-        ps = ds + stripe.to(tl.int64) * sdsp + long * R + r[None, :]
-        tl.store(ps, part_s, mask=rows[:, None] & (r < R)[None, :])
+        ps = ds + stripe.to(tl.int64) * sdsp + long * RO + r[None, :]
+        tl.store(ps, part_s, mask=rows[:, None] & (r < RO)[None, :])
         t = tl.load(h + long * shm + r[None, :], mask=rows[:, None] & (r < R)[None, :], other=0.0)
         acc = tl.dot(d.T, t, acc, input_precision=PRECISION)
         if HAS_G:
@@ -284,18 +287,19 @@ def narrow(x: Tensor, w: Tensor, tile: Tile | None = None) -> Tensor:
     sizes = {"rank": R, "M": M, "K": K}
     blocks, launch = _launch.split(tile or _launch.tile("narrow", x.device, **sizes))
     blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
-    out = x.new_empty(M, R)
+    RO = cdiv(R, 8) * 8  # rows of 16 bytes, which descriptors and wide loads ask for
+    out = x.new_empty(M, RO)
     if not M or not K:
-        return out.zero_()
+        return out.zero_()[:, :R]
     grid_m, grid_r = cdiv(M, blocks["BM"]), cdiv(R, blocks["BR"])
     parts, span = _parts(K, 2 * blocks["BK"], grid_m * grid_r, x.device)
-    target = out if parts == 1 else x.new_empty(parts, M, R, dtype=torch.float32)
+    target = out if parts == 1 else x.new_empty(parts, M, RO, dtype=torch.float32)
     _launch.run(
-            narrow_kernel, (grid_m, grid_r, parts),
-        x, w, target, M, K, R, span, x.stride(0), w.stride(0), w.stride(1), M * R, R,
+        narrow_kernel, (grid_m, grid_r, parts),
+        x, w, target, M, K, R, RO, span, x.stride(0), w.stride(0), w.stride(1), M * RO,
         PRECISION=PRECISION, **blocks, **launch,
     )  # fmt: skip
-    return out if parts == 1 else sum_parts(target, out)
+    return (out if parts == 1 else sum_parts(target, out))[:, :R]
 
 
 def gemm(
@@ -330,7 +334,7 @@ def gemm(
         )  # fmt: skip
         return y
     _launch.run(
-            gemm_kernel, (tiles,),
+        gemm_kernel, (tiles,),
         x, w, s, b, *extra, y, M, N, K, R, x.stride(0), w.stride(0), w.stride(1), s.stride(0),
         b.stride(0), b.stride(1), y.stride(0), PRECISION=PRECISION, **flags, **blocks, **launch,
     )  # fmt: skip
@@ -362,7 +366,7 @@ def over_rows(
     target = z.new_empty(parts, *out.shape, dtype=torch.float32)
     soc, sor = (1, C) if transposed else (R, 1)
     _launch.run(
-            over_rows_kernel, (*grid, parts),
+        over_rows_kernel, (*grid, parts),
         z, h, target, M, C, R, span, z.stride(0), h.stride(0), C * R, soc, sor,
         PRECISION=PRECISION, **blocks, **launch,
     )  # fmt: skip
@@ -389,30 +393,30 @@ def dy_pass(
     """dS, dB and with g also g dY, and with y the gradient of g; b (N, R), h (M, R), R <= 64."""
     (M, N), R = dY.shape, b.shape[1]
     blocks, launch = _launch.split(tile or _launch.tile("dy_pass", dY.device, rank=R, M=M, N=N))
-    BR = power_of_2(R, 16)
+    BR, RO = power_of_2(R, 16), cdiv(R, 8) * 8
     fp32 = {"dtype": torch.float32, "device": dY.device}
     gdY = None if g is None else torch.empty_like(dY)
-    dS, dB = dY.new_empty(M, R), torch.empty(N, R, **fp32)
+    dS, dB = dY.new_empty(M, RO), torch.empty(N, R, **fp32)
     if not M:
         dg = None if y is None else torch.zeros(N, **fp32)
-        return FromDY(dS, dB.zero_(), gdY, dg)
+        return FromDY(dS[:, :R], dB.zero_(), gdY, dg)
     stripes = cdiv(N, blocks["BN"])
     parts, span = _parts(M, blocks["BM"], stripes, dY.device)
-    part_s = torch.empty(stripes, M, R, **fp32)
+    part_s = torch.empty(stripes, M, RO, **fp32)
     part_b = torch.empty(parts, N, R, **fp32)
     part_g = None if y is None else torch.empty(parts, N, **fp32)
     g, gdY_, y_, bias_, part_g_ = (dY if t is None else t for t in (g, gdY, y, bias, part_g))
     _launch.run(
-            dy_pass_kernel, (stripes, parts),
-        dY, b, h, g, y_, bias_, part_s, part_b, part_g_, gdY_, M, N, R, span, dY.stride(0),
-        b.stride(0), h.stride(0), y_.stride(0), gdY_.stride(0), M * R, N * R,
+        dy_pass_kernel, (stripes, parts),
+        dY, b, h, g, y_, bias_, part_s, part_b, part_g_, gdY_, M, N, R, RO, span, dY.stride(0),
+        b.stride(0), h.stride(0), y_.stride(0), gdY_.stride(0), M * RO, N * R,
         SMALL=SMALL_GAIN, HAS_G=gdY is not None, HAS_DG=y is not None, HAS_BIAS=bias is not None,
         BR=BR, PRECISION=PRECISION, **blocks, **launch,
     )  # fmt: skip
     sum_parts(part_s, dS)
     sum_parts(part_b, dB, factor, None if gdY is None else g)
     dg = None if part_g is None else sum_parts(part_g, torch.empty(N, **fp32))
-    return FromDY(dS, dB, gdY, dg)
+    return FromDY(dS[:, :R], dB, gdY, dg)
 
 
 def _parts(rows: int, block: int, others: int, device: torch.device) -> tuple[int, int]:
@@ -439,8 +443,14 @@ def product(x: Tensor, w: Tensor, s: Tensor, b: Tensor, bias: Tensor | None, by:
 
 
 def scaled(B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale B, multiplied in fp32 and rounded once."""
-    return (B.float() * scale).to(dtype)
+    """scale B (N, R), multiplied in fp32 and rounded once; rows start at multiples of 16 bytes."""
+    return padded(B.float() * scale, dtype)
+
+
+def padded(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of t (n, R) whose rows start at multiples of 16 bytes."""
+    n, R = t.shape
+    return t.new_empty(n, cdiv(R, 8) * 8, dtype=dtype or t.dtype)[:, :R].copy_(t)
 
 
 def lora_forward(
@@ -471,6 +481,43 @@ def lora_backward(
     if needs[3]:
         dA = over_rows(X, present(dS), torch.empty_like(A), transposed=True)
     return dx, dW, dbias, dA, None if dB is None else dB.to(B.dtype)
+
+
+def lora_shared_forward(
+    x: Tensor, Ws: Tensors, biases: list[Tensor | None], As: Tensors, Bs: Tensors,
+    scales: list[float],
+) -> tuple[Tensors, Tensor]:  # fmt: skip
+    """([y, ...], h (M, r1 + r2 + ...)) of layers that read the same x, once for all of their h."""
+    X = flat(x)
+    h = narrow(X, torch.cat([*As]).to(x.dtype).T)
+    ys = []
+    for W, bias, B, scale, part in zip(Ws, biases, Bs, scales, by_layer(h, As), strict=True):
+        part = part if _launch.misfit(part) is None else padded(part)
+        by = plan("lora_forward", X, W, B.shape[1])
+        ys.append(shaped(product(X, W.T, part, scaled(B, scale, x.dtype).T, bias, by), x))
+    return ys, h
+
+
+def lora_shared_backward(
+    dys: Tensors, x: Tensor, h: Tensor, Ws: Tensors, As: Tensors, Bs: Tensors,
+    scales: list[float], need_x: bool,
+) -> tuple[Tensor | None, Tensors, Tensors]:  # fmt: skip
+    """(dx, [dA, ...], [dB, ...]); x is read once for all of dA, and dx is added up in place."""
+    X, dYs = flat(x), [readable(flat(dy)) for dy in dys]
+    found = [
+        low_gradients(dY, scaled(B, scale, x.dtype), part, scale, True, True)
+        for dY, B, scale, part in zip(dYs, Bs, scales, by_layer(h, As), strict=True)
+    ]
+    dS = torch.cat([present(s) for s, _ in found], 1)
+    dx = None
+    if need_x:
+        dx = dS @ torch.cat([*As]).to(x.dtype)
+        for dY, W in zip(dYs, Ws, strict=True):
+            dx.addmm_(dY, W)
+        dx = dx.view(x.shape)
+    dA = over_rows(X, dS, torch.empty_like(torch.cat([*As])), transposed=True)
+    dAs = dA.split([len(A) for A in As])
+    return dx, dAs, [present(b).to(B.dtype) for (_, b), B in zip(found, Bs, strict=True)]
 
 
 def low_gradients(

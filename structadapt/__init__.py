@@ -7,6 +7,7 @@ from structadapt.interop import export_merged, export_peft, load
 from structadapt.layers import AdaptedLinear
 from structadapt.merging import MergeReport, merge, merged, unmerge
 from structadapt.ops import Explanation, backend, explain
+from structadapt.shared import shared_input
 from structadapt.surgery import (
     adapt,
     adapter_parameters,
@@ -39,6 +40,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "save",
+    "shared_input",
     "spectra",
     "summary",
     "unmerge",

@@ -65,7 +65,7 @@ class Adapted(nn.Module):
         if not self.enabled:
             return self.run(input, self.frozen_weight, self.bias)
         p = self.tensors()
-        bias = self._adapted_bias(p)
+        bias = self.adapted_bias(p)
         if self.base_weight is None:
             return self.run_adapted(input, bias, {**p, **self._derived(p)})
         y = self.run(input, self.weight, bias)
@@ -79,7 +79,8 @@ class Adapted(nn.Module):
                 "cast the input, or run under torch.autocast"
             )
 
-    def _adapted_bias(self, p: Parameters) -> Tensor | None:
+    def adapted_bias(self, p: Parameters) -> Tensor | None:
+        """The frozen bias and what is trained beside it."""
         if "delta_bias" not in p:
             return self.bias
         delta = p["delta_bias"]

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from structadapt import dispatch
 from structadapt.kernels import lean, lean_quanta, reference
@@ -85,6 +86,30 @@ class _ByHand(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
             return None, *(next(found) if need else None for need in needs)
         return None, *ctx.form.backward(dy, tensors, held, needs)
+
+
+class SharedLoRA(torch.autograd.Function):
+    """Several frozen layers with LoRA that read the same x: `tensors` is x, then W, bias, A, B of
+    every layer. The outputs, one for each."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, scales: list[float], *tensors: Any) -> tuple[Tensor, ...]:
+        x, *rest = tensors
+        Ws, biases, As, Bs = (rest[i::4] for i in range(4))
+        ys, h = kernels.lora_shared_forward(x, Ws, biases, As, Bs, scales)
+        ctx.kernels, ctx.scales = kernels, scales
+        ctx.save_for_backward(*tensors, h)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, *rest, h = ctx.saved_tensors
+        Ws, _, As, Bs = (rest[i::4] for i in range(4))
+        need_x = ctx.needs_input_grad[2]
+        dx, *found = ctx.kernels.lora_shared_backward(dys, x, h, Ws, As, Bs, ctx.scales, need_x)
+        layers = ((None, None, dA, dB) for dA, dB in zip(*found, strict=True))
+        return None, None, dx, *(t for layer in layers for t in layer)
 
 
 @dataclass(frozen=True)

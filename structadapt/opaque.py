@@ -213,7 +213,7 @@ def _quanta_gradients(ctx: Any, dy: Tensor) -> Any:
     needs = [*asked[:3], any(asked[3]) if isinstance(asked[3], list | tuple) else bool(asked[3])]
     grads = iter(_quanta_backward(dy, x, W, bias, gates, frozen, ctx.minus_eye, needs))
     first = [next(grads) if need else None for need in needs[:3]]
-    return *first, list(grads) if needs[3] else None, None, None
+    return *first, list(grads) or [None] * len(gates), [None] * len(frozen), None
 
 
 quanta_linear.register_autograd(_quanta_gradients, setup_context=_quanta_context)

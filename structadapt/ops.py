@@ -13,7 +13,7 @@ export, torch.func, a dispatch mode, a second derivative, tensor subclasses. Und
 layer that may go to Triton is an opaque custom op instead (`opaque.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,14 @@ from torch import Tensor
 
 from structadapt import dispatch, opaque
 from structadapt.dispatch import Choice, backend, observed
-from structadapt.forms import DoRAForm, LoRAForm, QuanTAForm, implementation, run
+from structadapt.forms import (
+    DoRAForm,
+    LoRAForm,
+    QuanTAForm,
+    SharedLoRA,
+    implementation,
+    run,
+)
 from structadapt.kernels import reference
 from structadapt.kernels.reference import (
     dora_gain,
@@ -48,6 +55,7 @@ __all__ = [
     "explain",
     "eye_gate",
     "lora_linear",
+    "lora_shared_linear",
     "lora_weight",
     "low_rank",
     "no_autocast",
@@ -68,6 +76,29 @@ def lora_linear(
     if dispatch.traced_to_kernels(x, A.shape[0]):
         return opaque.lora_linear(*opaque.cast(x, W, bias), A, B, scale)[0]
     return run("lora_linear", LoRAForm(scale), x, W, bias, A, B, rank=A.shape[0])
+
+
+def lora_shared_linear(
+    x: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor, float]],
+) -> tuple[Tensor, ...]:
+    """`lora_linear` of several layers (W, bias, A, B, scale) on the same x, read once for all.
+
+    Held: x and every x A^T. Where W or a bias is trained, or the operations are observed, it is
+    `lora_linear` of each. A second derivative raises.
+    """
+    tensors = [t for layer in layers for t in layer[:4]]
+    trained = any(t is not None and t.requires_grad for i in (0, 1) for t in tensors[i::4])
+    present = [t for t in tensors if t is not None]
+    mixed = torch.is_autocast_enabled(x.device.type) or any(W.dtype != x.dtype for W, *_ in layers)
+    if trained or mixed or not dispatch.plain_tensors(x, *present):
+        return tuple(lora_linear(x, *layer) for layer in layers)
+    largest = max(A.shape[0] for _, _, A, _, _ in layers)
+    chosen = {implementation("lora_linear", x, W, A, B, rank=largest) for W, _, A, B, _ in layers}
+    if len(chosen) > 1:
+        return tuple(lora_linear(x, *layer) for layer in layers)
+    scales = [scale for *_, scale in layers]
+    return SharedLoRA.apply(chosen.pop(), scales, x, *tensors)  # type: ignore[no-any-return]
 
 
 def dora_linear(

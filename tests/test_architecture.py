@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "quantised": set(),
     "layers": {"adapted", "quantised"},
     "merging": {"adapted", "layers", "ops"},
+    "shared": {"adapters", "layers", "ops"},
     "refusals": {"adapted"},
     "surgery": {"adapted", "adapters", "layers", "quantised", "planning", "refusals", "targets"},
     "checkpoint": {
@@ -66,6 +67,7 @@ MAY_IMPORT = {
         "layers",
         "merging",
         "ops",
+        "shared",
         "spectra",
         "surgery",
     },

@@ -369,3 +369,31 @@ def test_the_twins_agree():
     ours = dora.dora_backward(dy, x, h, held, W, b, A, B, g, 0.5, (True,) * 6)
     twin = lean.dora_backward(dy, x, h_lean, u, W, b, A, B, g, 0.5, (True,) * 6)
     assert all(relative(a, b) < 8e-3 for a, b in zip(ours, twin, strict=True))
+
+
+# -- layers that read the same x -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", [lean, lora], ids=["lean", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_that_share_their_input(kernels, dtype):
+    ranks, sides = (3, 16, 5), (40, 24, 72)
+    x = normal(33, 48, dtype=dtype)
+    Ws = [normal(n, 48, scale=0.1, dtype=dtype) for n in sides]
+    As = [normal(r, 48, scale=0.1) for r in ranks]
+    Bs = [normal(n, r, seed=r) for n, r in zip(sides, ranks, strict=True)]
+    biases, scales = [normal(40, dtype=dtype), None, None], [0.5, 1.0, 2.0]
+    dys = [normal(33, n, seed=n, dtype=dtype) for n in sides]
+    ys, h = kernels.lora_shared_forward(x, Ws, biases, As, Bs, scales)
+    dx, dAs, dBs = kernels.lora_shared_backward(dys, x, h, Ws, As, Bs, scales, True)
+    rounding = {BF16: 5e-3, torch.float16: 8e-4, torch.float32: 3e-6}[dtype]
+    total = torch.zeros(33, 48, dtype=torch.float64)
+    each = zip(dys, Ws, biases, As, Bs, scales, ys, dAs, dBs, strict=True)
+    for dy, W, bias, A, B, scale, y, dA, dB in each:
+        ref = lora_in_float64(x, dy, W, bias, A, B, scale)
+        check(y, ref["y"], rounding, "y")
+        check(dA, ref["dA"], rounding, "dA")
+        check(dB, ref["dB"], rounding, "dB")
+        total += ref["dx"]
+    check(dx, total, rounding, "dx")
+    assert kernels.lora_shared_backward(dys, x, h, Ws, As, Bs, scales, False)[0] is None
