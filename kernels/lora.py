@@ -127,16 +127,16 @@ def gemm_tma_kernel(
     x, w, s, b, bias, g, y, M, N, K, R,
     W_IS_NK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_G: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP_M: tl.constexpr,
-    EPILOGUE: tl.constexpr, PROGRAMS: tl.constexpr,
+    EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     """The same with the tensor memory accelerator: x, w, s, b and y are descriptors.
 
-    PROGRAMS programs walk over the tiles. W_IS_NK: w is (N, K) and b (N, R), else w is (K, N) and
+    The programs walk over the tiles. W_IS_NK: w is (N, K) and b (N, R), else w is (K, N) and
     b (R, N). The low-rank product comes last and unpipelined, and the output leaves in EPILOGUE
     pieces: both keep shared memory for the stages of the main loop.
     """
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    for pid in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
+    for pid in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         pid_m, pid_n = _place(pid, tiles_m, tiles_n, GROUP_M)  # pyright: ignore
         m, n = pid_m * BM, pid_n * BN
         acc = tl.zeros((BM, BN), tl.float32)
@@ -330,7 +330,7 @@ def gemm(
         _launch.run(
             gemm_tma_kernel, (programs,),
             made["x"], made["w"], made["s"], made["b"], *extra, made["y"], M, N, K, R,
-            W_IS_NK=nk, PROGRAMS=programs, **flags, **blocks, **launch,
+            W_IS_NK=nk, **flags, **blocks, **launch,
         )  # fmt: skip
         return y
     _launch.run(
