@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,7 @@ def quanta_cases(arch: int) -> dict[str, Any]:
             tile = _launch.nearest(entries, {"M": 8192, **sizes}) if entries else None
             tiles += [tile] if tile and tile not in tiles else []
         for i, tile in enumerate(tiles):
-            found[f"{kernel} {label} #{i}"] = lambda tile=tile: call(tile)
+            found[f"{kernel} {label} #{i}"] = partial(call, tile=tile)
 
     def gate_case(label: str, steps: list[quanta.Gate], k: int, plus: bool) -> None:
         step, first = steps[k], steps[0].before
@@ -232,7 +233,8 @@ def quanta_cases(arch: int) -> dict[str, Any]:
         out = bf16(M, math.prod(step.after))
         if not plus:
             part = quanta.Part(total, step.before)
-        add("gate", label, {**step.tiles_for, "sources": 1 + plus}, lambda t: quanta.gate(part, step, out, tile=t))
+        wanted = {**step.tiles_for, "sources": 1 + plus}
+        add("gate", label, wanted, partial(quanta.gate, part, step, out))
 
     def grad_case(label: str, steps: list[quanta.Gate], k: int, plus: bool) -> None:
         back = quanta.transposed(steps)
@@ -242,8 +244,9 @@ def quanta_cases(arch: int) -> dict[str, Any]:
         if plus:
             after = quanta.Part(bf16(M, math.prod(last)), last, r)
             before = quanta.Part(bf16(M, math.prod(first)), first, t)
-        add("gate_grad", label, {**step.tiles_for, "sources": 1 + plus},
-            lambda t: quanta.gate_grad(after, before, step, back[-1 - k], t))  # fmt: skip
+        wanted = {**step.tiles_for, "sources": 1 + plus}
+        call = partial(quanta.gate_grad, after, before, step, back[-1 - k])
+        add("gate_grad", label, wanted, call)
 
     chains = {
         "16^3": chain((16,) * 3, (16,) * 3),
@@ -259,13 +262,15 @@ def quanta_cases(arch: int) -> dict[str, Any]:
                 gate_case(label, steps, k, plus)
                 gate_case(f"{label} T", quanta.transposed(steps), len(steps) - 1 - k, plus)
                 grad_case(label, steps, k, plus)
+    x, y = bf16(M, 4096), bf16(M, 4096)
     for name, kernel in (("16^3", "chain3"), ("8^4", "chain4")):
-        steps = chains[name]
-        x, y, kept = bf16(M, 4096), bf16(M, 4096), bf16(len(steps) - 1, M, 4096)
-        for label, minus_eye, keep in (("-E", True, None), ("", False, None), ("-E kept", True, kept)):
-            add(kernel, label, {"sources": 1 + minus_eye}, lambda t, steps=steps, minus_eye=minus_eye, keep=keep: quanta.chain(
-                x, steps, y, minus_eye, keep, tile=t))  # fmt: skip
-        add(kernel, "onto", {"sources": 1}, lambda t, steps=steps: quanta.chain(x, steps, y, False, onto=True, tile=t))
+        kept = bf16(len(chains[name]) - 1, M, 4096)
+        for label, minus_eye, inputs, onto in (
+            ("", False, None, False), ("onto", False, None, True), ("kept", False, kept, False),
+            ("-E", True, None, False), ("-E kept", True, kept, False),
+        ):  # fmt: skip
+            call = partial(quanta.chain, x, chains[name], y, minus_eye, inputs, onto)
+            add(kernel, label, {"sources": 1 + minus_eye}, call)
     return found
 
 
