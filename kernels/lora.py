@@ -429,7 +429,7 @@ def _parts(rows: int, block: int, others: int, device: torch.device) -> tuple[in
 
 
 def plan(op: str, x: Tensor, W: Tensor, rank: int) -> str:
-    """ "cublas" or "triton", by the table: for "lora_forward", "lora_backward", "dora_forward"."""
+    """`cublas` or `triton`, by the table: for "lora_forward", "lora_backward", "dora_forward"."""
     M, (N, K) = x.shape[0], W.shape
     return str(_launch.tile(op, x.device, rank=rank, M=M, N=N, K=K)["plan"])
 

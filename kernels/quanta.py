@@ -109,13 +109,13 @@ def gate_kernel(
     LIMITS: tl.constexpr, NAXES: tl.constexpr, PER: tl.constexpr,
     B: tl.constexpr, A: tl.constexpr, OUT_B: tl.constexpr, OUT_A: tl.constexpr,
     T_WIDTH: tl.constexpr, X_WIDTH: tl.constexpr, OUT_WIDTH: tl.constexpr,
-    PLUS_X: tl.constexpr, ONTO: tl.constexpr,
+    PLUS_X: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[m, o, n_b, i, n_a, t] = sum over (b, a) of w[(n_b, n_a), (b, a)] t[m, o, b, i, a, t].
 
     PLUS_X: t is the total d; E x is added to what is multiplied, and E d to the result.
-    ONTO: added to what `out` holds.  PER: rows of a token.
+    PER: rows of a token.
     """
     K: tl.constexpr = B * A
     N: tl.constexpr = OUT_B * OUT_A
@@ -140,8 +140,6 @@ def gate_kernel(
         at = _within(row, SIZES, T, NAXES)[:, None] + (n_b * T[NAXES] + n_a * T[NAXES + 1])[None, :]
         acc = tl.load(t + long * stm + at, mask=rows[:, None] & kept[None, :], other=0.0)
         acc = acc.to(tl.float32)
-    elif ONTO:
-        acc = tl.load(target, mask=inside, other=0.0).to(tl.float32)
     else:
         acc = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, K, BK):
@@ -201,9 +199,9 @@ def chain_kernel(
     x, w, kept, out, M, sxm, som, skk,
     D: tl.constexpr, NAXES: tl.constexpr, GATES: tl.constexpr, STRIDES: tl.constexpr,
     MOVES: tl.constexpr, SHAPE: tl.constexpr, MINUS_EYE: tl.constexpr, KEEP: tl.constexpr,
-    ONTO: tl.constexpr, BT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = T x for BT tokens of D ** NAXES numbers, or T x - x; ONTO: added to what `out` holds.
+    """out = T x for BT tokens of D ** NAXES numbers, or with MINUS_EYE T x - x.
 
     For gate k the tokens are a matrix [(b, a), (m, others)]: the input of a product's right side
     lies in shared memory, its registers are free for the sum. MOVES[k] permutes (b, a, m, others)
@@ -244,8 +242,6 @@ def chain_kernel(
                 t = total
             if KEEP:
                 tl.store(kept + (k - 1) * skk + long * (REST * PAIRS) + place, t, mask=inside)
-        if ONTO and k == GATES - 1:
-            acc += tl.load(out + long * som + place, mask=inside, other=0.0).to(tl.float32)
         if TMA:  # straight to shared memory: 256 x 256 numbers on their way take all registers
             g = w.load([k * PAIRS, 0])
         else:
@@ -373,10 +369,8 @@ class Part:
     total: Tensor | None = None  # (M, product of the sizes at the gate)
 
 
-def gate(
-    part: Part, step: Gate, out: Tensor, onto: bool = False, tile: Tile | None = None
-) -> Tensor:  # fmt: skip
-    """The gate on a part into out (M, width): G t, or E d + D (E x + d). `onto`: added to `out`."""
+def gate(part: Part, step: Gate, out: Tensor, tile: Tile | None = None) -> Tensor:
+    """The gate on a part into out (M, width): G t, or E d + D (E x + d)."""
     t = part.source if part.total is None else part.total
     M, (N, K) = t.shape[0], step.matrix.shape
     wanted = {"M": M, "sources": 1 if part.total is None else 2, **step.tiles_for}
@@ -394,7 +388,7 @@ def gate(
             SIZES=sizes, T=st, X=sx, OUT=so, LIMITS=limits, NAXES=len(sizes), PER=per,
             B=step.before[b], A=step.before[a], OUT_B=step.after[b], OUT_A=step.after[a],
             T_WIDTH=_width(t, step.before), X_WIDTH=_width(part.source, part.sizes),
-            OUT_WIDTH=_width(out, step.after), PLUS_X=part.total is not None, ONTO=onto,
+            OUT_WIDTH=_width(out, step.after), PLUS_X=part.total is not None,
             PRECISION=PRECISION, **blocks, **launch,
         )  # fmt: skip
     return out
@@ -454,7 +448,7 @@ def _clamp(blocks: Tile, dtype: torch.dtype, **sizes: int) -> None:
 
 def chain(
     x: Tensor, steps: list[Gate], out: Tensor, minus_eye: bool, kept: Tensor | None = None,
-    onto: bool = False, tile: Tile | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
     """All gates on x (M, D ** axes) into `out`. `kept` gets the inputs of all gates but the first.
 
@@ -474,7 +468,6 @@ def chain(
             x, matrices, out if kept is None else kept, out, M, x.stride(0), out.stride(0),
             0 if kept is None else kept.stride(0), D=D, NAXES=n_axes, GATES=len(steps),
             STRIDES=strides, MOVES=moves, SHAPE=shape, MINUS_EYE=minus_eye, KEEP=kept is not None,
-            ONTO=onto,
             PRECISION=PRECISION, **blocks, **launch,
         )  # fmt: skip
     return out
@@ -541,23 +534,20 @@ def quanta_backward(
 
 
 def _take_off(twin: list[Gate], x: Tensor, out: Tensor) -> None:
-    """out -= T0 x: the last gate, negated, adds onto `out`."""
+    """out -= T0 x, rounded as T x was: gates that are still T0's give exactly 0."""
     if twin:
-        _run([*twin[:-1], _negated(twin[-1])], x, out, False, onto=True)
-
-
-def _negated(step: Gate) -> Gate:
-    return Gate(-step.matrix, step.pair, step.before, step.after, step.limits)
+        moved = torch.empty_like(out)
+        _run(twin, x, moved, False)
+        out.sub_(moved)
 
 
 def _run(
-    steps: list[Gate], x: Tensor, out: Tensor, minus_eye: bool, onto: bool = False,
-    keep: bool = False,
-) -> list[Part]:  # fmt: skip
+    steps: list[Gate], x: Tensor, out: Tensor, minus_eye: bool, keep: bool = False
+) -> list[Part]:
     """The chain on x into `out`. With `keep`, returns what goes into each gate."""
     if _on_chip(steps, x, out):
         kept = x.new_empty(len(steps) - 1, *x.shape) if keep else None
-        chain(x, steps, out, minus_eye, kept, onto)
+        chain(x, steps, out, minus_eye, kept)
         inputs = [x] if kept is None else [x, *kept]
         return [Part(t, step.before) for t, step in zip(inputs, steps, strict=False)]
     total, parts = None, []
@@ -565,7 +555,7 @@ def _run(
         part = _part(x, steps[0].before, total, step.before, minus_eye)
         last = step is steps[-1]
         total = out if last else x.new_empty(x.shape[0], math.prod(step.after))
-        gate(part, step, total, onto and last)
+        gate(part, step, total)
         if keep:
             parts.append(part)
     return parts

@@ -20,6 +20,7 @@ from structadapt.kernels import _launch
 
 BACKENDS = ("auto", "triton", "torch")
 FEW_ROWS = 128  # with fewer, launches cost more than a fused kernel saves
+OBSERVED = "something looks at the operations, or a tensor's type does"
 MULTIPLE = 16  # both sides of a layer: 16-byte loads and tensor memory descriptors
 LARGEST_RANK = 512
 
@@ -83,15 +84,22 @@ def watching() -> Iterator[list[Choice]]:
         _State.seen = before
 
 
-def choose(op: str, x: Tensor, W: Tensor, *others: Tensor, rank: int = 0) -> str:
-    """ "triton" or "torch" for tensors that nothing observes. x (..., in), W (out, in).
+def choose(
+    op: str, x: Tensor, W: Tensor, *others: Tensor, rank: int = 0, any_strides: bool = False
+) -> str:
+    """`triton` or `torch` for tensors that nothing observes. x (..., in), W (out, in).
 
+    any_strides: no kernel reads x or W, torch's own products do.
     Raises RuntimeError if the backend is "triton" and the kernels cannot take them.
     """
     asked = current()
     if asked == "torch" and _State.seen is None:  # the short way
         return "torch"
-    reason = "the backend is torch" if asked == "torch" else refusal(x, W, *others, rank=rank)
+    reason = (
+        "the backend is torch"
+        if asked == "torch"
+        else refusal(x, W, *others, rank=rank, any_strides=any_strides)
+    )
     if reason is None and asked == "auto":
         reason = _slower(x)
     return settle(op, x, W, reason)
@@ -111,7 +119,9 @@ def settle(op: str, x: Tensor, W: Tensor, refused: str | None) -> str:
     return found
 
 
-def refusal(x: Tensor, W: Tensor, *others: Tensor, rank: int = 0) -> str | None:
+def refusal(
+    x: Tensor, W: Tensor, *others: Tensor, rank: int = 0, any_strides: bool = False
+) -> str | None:
     """Why the kernels cannot take these tensors, or None."""
     where = _no_device(x.device)
     if where:
@@ -125,6 +135,8 @@ def refusal(x: Tensor, W: Tensor, *others: Tensor, rank: int = 0) -> str | None:
     foreign = next((t for t in (W, *others) if t.device != x.device), None)
     if foreign is not None:
         return f"x is on {x.device} and another tensor on {foreign.device}"
+    if any_strides:
+        return None
     if rank > LARGEST_RANK:
         return f"the rank is {rank}, and the kernels take at most {LARGEST_RANK}"
     if x.stride(-1) != 1 or W.stride(-1) != 1:

@@ -11,11 +11,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from structadapt import dispatch
-from structadapt.kernels import lean, lean_quanta, reference
+from structadapt.kernels import lean, lean_logprob, lean_quanta, reference
 
-# Modules with the same functions: imported when first chosen, since they import triton.
-TRITON = {"lora_linear": "lora", "dora_linear": "dora", "dora_norm": "dora",
-          "quanta_linear": "quanta"}  # fmt: skip
+# {op: (module in plain torch, its twin, imported when first chosen since it imports triton)}
+MODULES = {
+    "lora_linear": (lean, "lora"),
+    "dora_linear": (lean, "dora"),
+    "dora_norm": (lean, "dora"),
+    "quanta_linear": (lean_quanta, "quanta"),
+    "head_logprobs": (lean_logprob, "logprob"),
+}
 
 
 class Form(Protocol):
@@ -40,11 +45,14 @@ class Form(Protocol):
         ...
 
 
-def implementation(op: str, x: Tensor, W: Tensor, *others: Tensor, rank: int = 0) -> ModuleType:
+def implementation(
+    op: str, x: Tensor, W: Tensor, *others: Tensor, rank: int = 0, any_strides: bool = False
+) -> ModuleType:
     """The module that has the functions of an op for these tensors."""
-    if dispatch.choose(op, x, W, *others, rank=rank) == "triton":
-        return import_module(f"structadapt.kernels.{TRITON[op]}")
-    return lean_quanta if op == "quanta_linear" else lean
+    plain, fused = MODULES[op]
+    if dispatch.choose(op, x, W, *others, rank=rank, any_strides=any_strides) == "triton":
+        return import_module(f"structadapt.kernels.{fused}")
+    return plain
 
 
 def run(
@@ -53,7 +61,7 @@ def run(
     """The output (..., out) of a layer."""
     if not dispatch.plain_tensors(x, W, *tensors):
         if not x.is_meta:
-            dispatch.settle(op, x, W, "something looks at the operations, or a tensor's type does")
+            dispatch.settle(op, x, W, dispatch.OBSERVED)
         return form.plain(x, W, bias, *tensors)  # type: ignore[no-any-return]
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))  # W and bias follow x

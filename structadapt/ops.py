@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structadapt import dispatch, opaque
+from structadapt import dispatch, head, opaque
 from structadapt.dispatch import Choice, backend, observed
 from structadapt.forms import (
     DoRAForm,
@@ -54,6 +54,7 @@ __all__ = [
     "dora_onto",
     "explain",
     "eye_gate",
+    "head_logprobs",
     "lora_linear",
     "lora_shared_linear",
     "lora_weight",
@@ -140,6 +141,25 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         return kernels.dora_norm(W, A, B, scale)  # type: ignore[no-any-return]
 
 
+def head_logprobs(
+    hidden: Tensor, W: Tensor, bias: Tensor | None, ids: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probability (...) of ids and entropy (...) in nats, from hidden (..., H) and a head's W
+    (V, H): `token_logprobs` of the logits, of which a chunk exists at a time.
+
+    Held: one tensor in the shape of hidden; hidden too if W or the bias trains. A second derivative
+    raises.
+    """
+    if not dispatch.plain_tensors(hidden, W, ids, *(() if bias is None else (bias,))):
+        if not hidden.is_meta:
+            dispatch.settle("head_logprobs", hidden, W, dispatch.OBSERVED)
+        return head.plain(hidden, W, bias, ids, temperature)
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # W and bias follow
+    kernels = implementation("head_logprobs", hidden, W, ids, any_strides=True)
+    return head.head_logprobs(kernels, hidden, W, bias, ids, temperature)
+
+
 # -- which of them runs, and why -------------------------------------------------------------------
 
 
@@ -154,7 +174,7 @@ class Explanation:
 
     @property
     def backend(self) -> str:
-        """ "triton", "torch", "mixed", or "" if there was no op."""
+        """`triton`, `torch`, `mixed`, or nothing if there was no op."""
         found = {choice.backend for choice in self.choices}
         return found.pop() if len(found) == 1 else "mixed" if found else ""
 
@@ -167,8 +187,8 @@ class Explanation:
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which backend runs an op with these arguments, and why; the op is run once, without grad.
 
-    op: the name of one ("lora_linear", "dora_linear", "quanta_linear", "dora_norm"), or anything
-    callable that calls them, an adapted layer or model first of all:
+    op: the name of one ("lora_linear", "dora_linear", "quanta_linear", "dora_norm",
+    "head_logprobs"), or anything callable that calls them, an adapted layer or model first of all:
 
         print(sa.explain(model, input_ids))
 
@@ -187,4 +207,5 @@ OPS: dict[str, Callable[..., Any]] = {
     "dora_linear": dora_linear,
     "quanta_linear": quanta_linear,
     "dora_norm": dora_norm,
+    "head_logprobs": head_logprobs,
 }

@@ -8,11 +8,13 @@ from itertools import islice
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import structadapt as sa
 from structadapt import ops
 from structadapt.examples import tiny_lm
+from structadapt.grpo.loop import Config
 from structadapt.grpo.rollout import Rollout, evaluating, generate, logprobs
 
 EOS = 3
@@ -371,3 +373,386 @@ def test_problems_are_right():
     tokenizer = tiny_lm.CharTokenizer()
     assert tokenizer.decode(tokenizer.encode("012+345=7530$")) == "012+345=7530$"
     assert tokenizer.decode([15]) == "?"
+
+
+# -- without the logits ----------------------------------------------------------------------------
+
+
+class Plus(nn.Module):
+    """Hidden states and then `lm_head`, and what a model may do around it."""
+
+    def __init__(self, vocab: int = 12) -> None:
+        super().__init__()
+        self.body = Plain(vocab)
+        self.body.head = nn.Identity()
+        self.lm_head = nn.Linear(16, vocab)
+        nn.init.normal_(self.lm_head.weight)
+
+    def forward(self, ids, mask, position_ids):
+        return self.after(self.lm_head(self.body(ids, mask, position_ids)))
+
+    def after(self, logits):
+        return logits
+
+
+def variant(name, after):
+    return type(name, (Plus,), {"after": after})
+
+
+def in_place(self, logits):
+    logits[..., 0] -= 1.0
+    return logits
+
+
+def masked(self, logits):
+    return logits.masked_fill(torch.arange(12) == 4, -torch.inf)
+
+
+class Twice(Plus):
+    def forward(self, ids, mask, position_ids):
+        x = self.body(ids, mask, position_ids)
+        self.lm_head(x)
+        return self.lm_head(x + 1)
+
+
+class Unused(Plus):
+    def forward(self, ids, mask, position_ids):
+        x = self.body(ids, mask, position_ids)
+        return nn.functional.linear(x, self.lm_head.weight)
+
+
+class Flat(Plus):
+    def forward(self, ids, mask, position_ids):
+        x = self.body(ids, mask, position_ids)
+        return self.lm_head(x.flatten(0, 1)).view(*x.shape[:2], -1)
+
+
+class Checkpointed(Plus):
+    def forward(self, ids, mask, position_ids):
+        x = self.body(ids, mask, position_ids)
+        return checkpoint(self.lm_head, x, use_reentrant=True)
+
+
+class Overwritten(Plus):
+    def forward(self, ids, mask, position_ids):
+        x = self.body(ids, mask, position_ids) * 1.0
+        logits = self.lm_head(x)
+        with torch.no_grad():
+            x.zero_()
+        return logits
+
+
+class Float(Plus):
+    def after(self, logits):
+        return logits.float()
+
+
+OTHERWISE = {
+    "softcap": variant("Softcap", lambda self, z: 2 * torch.tanh(z / 2)),
+    "scale": variant("Scale", lambda self, z: z * 0.3),
+    "in place": variant("InPlace", in_place),
+    "view in place": variant("ViewInPlace", lambda self, z: z.mul_(0.5)),
+    "mask": variant("Masked", masked),
+    "moved": variant("Moved", lambda self, z: z.roll(1, 1)),
+    "flipped view": variant("Flipped", lambda self, z: z.transpose(0, 1).transpose(0, 1)),
+    "twice": Twice,
+    "unused": Unused,
+    "flat": Flat,
+    "checkpointed": Checkpointed,
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often each way was taken."""
+    counts = {"head_logprobs": 0, "token_logprobs": 0}
+
+    def counted(name):
+        original = getattr(ops, name)
+
+        def call(*args):
+            counts[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(ops, name, call)
+
+    for name in counts:
+        counted(name)
+    return lambda: tuple(counts.values())
+
+
+def both_ways(model, r, temperature=0.7, share=False):
+    """(logp, entropy, gradients) by the head and by the logits."""
+    found = []
+    for head in ("auto", "logits"):
+        logp, entropy = logprobs(model, r, temperature, share, head)
+        loss = torch.where(r.mask.bool(), (logp + 0.1) ** 2, 0.0).sum()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found.append((logp, entropy, *grads))
+    return found
+
+
+def assert_same(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).norm() <= 1e-5 * b.norm() + 1e-7
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("name", CACHED)
+def test_without_the_logits_all_is_the_same(name, share, calls):
+    """Values and gradients of every parameter, a tied head (gpt2) and an untied one that train."""
+    model = build(name)
+    prompts = [p for p in PROMPTS for _ in range(2)]
+    r = rollout(model, prompts)
+    before = calls()
+    assert_same(*both_ways(model, r, share=share))
+    assert calls() == (before[0] + 1, before[1] + 1)
+    assert "forward" not in vars(model.get_output_embeddings() if name != "tiny" else model.lm_head)
+    one = rollout(model, prompts, max_new_tokens=1)
+    assert_same(*both_ways(model, one, share=share))
+    with torch.no_grad():
+        assert_same(logprobs(model, r), logprobs(model, r, head="logits"))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_gradient_checkpointing_and_inference_mode(calls):
+    model = build("llama").train()
+    r = rollout(model)
+    before = calls()
+    model.gradient_checkpointing_enable()
+    assert_same(*both_ways(model, r))
+    with torch.inference_mode():
+        logp, _ = logprobs(model, r)
+    assert_same([logp], [logprobs(model, r)[0]])
+    assert calls() == (before[0] + 2, before[1] + 2)
+
+
+@pytest.mark.parametrize("kind", [Plus, Float])
+def test_a_frozen_head_and_a_bias(kind, calls):
+    torch.manual_seed(0)
+    model = kind()
+    r = rollout(model)
+    before = calls()
+    for frozen in (False, True):
+        model.lm_head.requires_grad_(not frozen)
+        assert_same(*both_ways(model, r))
+    assert calls() == (before[0] + 2, before[1] + 2)
+
+
+def test_the_logits_are_never_made():
+    """With 4000 tokens in the vocabulary nothing of their size is kept for the backward."""
+    torch.manual_seed(0)
+    model = Plus(vocab=4000)
+    model.lm_head.requires_grad_(False)
+    r = rollout(model, max_new_tokens=4)
+    largest = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: largest.append(t.numel()) or t, lambda t: t
+    ):
+        logprobs(model, r)
+    weights = model.lm_head.weight.numel()
+    assert all(n < 16 * 4000 // 4 or n == weights for n in largest)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_logits_that_are_not_what_the_head_gave_are_made(name, calls):
+    """Found out in the first call, and remembered."""
+    torch.manual_seed(0)
+    model = OTHERWISE[name]()
+    r = rollout(model)
+    expected = r.logp[r.mask.bool()]
+    before = calls()
+    forward, runs = model.body.forward, []
+    model.body.forward = lambda *args: runs.append(1) or forward(*args)
+    for n in (2, 3):
+        logp, _ = logprobs(model, r)
+        assert len(runs) == n, "tried once without logits, and not again"
+        torch.testing.assert_close(logp[r.mask.bool()], expected, rtol=1e-4, atol=1e-5)
+        assert calls() == (before[0], before[1] + n - 1)
+        assert "forward" not in vars(model.lm_head)
+
+
+def test_hidden_states_that_are_overwritten_later_are_not_taken(calls):
+    torch.manual_seed(0)
+    model = Overwritten()
+    with torch.no_grad():
+        r = rollout(model)
+        logp, _ = logprobs(model, r)
+    torch.testing.assert_close(logp[r.mask.bool()], r.logp[r.mask.bool()], rtol=1e-4, atol=1e-5)
+    assert calls()[0] == 0
+
+
+def hooked(model):
+    model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def hooked_outside(model):
+    model.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def replaced(model):
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda x: 2 * forward(x)
+
+
+def parametrized(model):
+    class Double(nn.Module):
+        def forward(self, W):
+            return 2 * W
+
+    torch.nn.utils.parametrize.register_parametrization(model.lm_head, "weight", Double())
+
+
+def subclass(model):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.lm_head.__class__ = Doubled
+
+
+def tensor_subclass(model):
+    class Odd(nn.Parameter):
+        pass
+
+    model.lm_head.weight.__class__ = Odd
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+
+
+def compiled_forward(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+def adapted_head(model):
+    sa.adapt(model, sa.LoRA(rank=2), target="lm_head")
+    with torch.no_grad():
+        for p in sa.adapter_parameters(model):
+            p.add_(0.5)
+
+
+CHANGES = [hooked, hooked_outside, replaced, parametrized, subclass, tensor_subclass,
+           compiled_in_place, compiled_forward, adapted_head]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_a_head_that_is_more_than_a_linear_layer_is_run(change, calls):
+    torch.manual_seed(0)
+    model = Plus()
+    change(model)
+    with torch.no_grad():
+        r = rollout(model)
+        logp, _ = logprobs(model, r)
+    torch.testing.assert_close(logp[r.mask.bool()], r.logp[r.mask.bool()], rtol=1e-4, atol=1e-5)
+    assert calls()[0] == 0
+
+
+def test_wrapped_models_make_their_logits(calls):
+    torch.manual_seed(0)
+    model = Plus()
+    r = rollout(model)
+    for wrapped in (Wrapper(model), torch.compile(model, backend="eager")):
+        logprobs(wrapped, r)
+    assert calls()[0] == 0
+    logprobs(model, r)
+    assert calls()[0] == 1, "and only they"
+
+
+def test_a_model_that_fails_fails_as_ever_and_is_left_whole(calls):
+    torch.manual_seed(0)
+    model = Plus()
+    r = rollout(model)
+
+    def fail(*args):
+        raise KeyError("broken")
+
+    model.body.forward = fail
+    with pytest.raises(KeyError, match="broken"):
+        logprobs(model, r)
+    assert "forward" not in vars(model.lm_head)
+    del model.body.forward
+    logprobs(model, r)
+    assert calls()[0] == 1, "a failure of its own is not held against it"
+    model.half()  # fp32 inputs to a half head: refused as ever
+    model.body.float()
+    with pytest.raises(RuntimeError, match="dtype"):
+        logprobs(model, r)
+
+
+class Half(Plus):
+    """Its own autocast around the head, on or off."""
+
+    on = True
+
+    def forward(self, ids, mask, position_ids):
+        x = self.body(ids, mask, position_ids)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.on):
+            return self.lm_head(x)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("outside", [True, False])
+def test_autocast_is_that_of_the_head(inside, outside, calls):
+    torch.manual_seed(0)
+    model = Half()
+    model.on = inside
+    r = rollout(model)
+    found = []
+    for head in ("auto", "logits"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            logp, entropy = logprobs(model, r, 0.7, False, head)
+        grads = torch.autograd.grad(logp.sum(), list(model.parameters()))
+        assert all(g.dtype == torch.float32 for g in grads)
+        found.append((logp, entropy, *grads))
+    for left, right in zip(*found, strict=True):
+        difference = (left - right).norm() / right.norm()
+        if inside:  # the logits are rounded to bf16, and here alone
+            assert 1e-4 < difference < 2e-2
+        else:
+            assert difference < 1e-5
+    assert calls()[0] == 1
+
+
+def test_bf16_models_agree_to_the_rounding_of_their_logits():
+    model = build("llama").bfloat16()
+    r = rollout(model)
+    found = both_ways(model, r)
+    for a, b in zip(*(f[:2] for f in found), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=3e-2)
+    wide = build("llama").bfloat16()
+    wide.lm_head.float()
+    with torch.no_grad():  # the head in fp32: what the logits would be without their rounding
+        head = wide.lm_head
+        head.forward = lambda x: nn.functional.linear(x.float(), head.weight)
+        exact = logprobs(wide, r, 0.7, head="logits")
+    torch.testing.assert_close(found[0][0], exact[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_softcapped_transformers_model_keeps_its_cap(calls):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=12, hidden_size=16, intermediate_size=32, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1,
+        eos_token_id=EOS, initializer_range=0.5, final_logit_softcapping=1.0, pad_token_id=0,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    r = rollout(model)
+    logp, _ = logprobs(model, r)
+    torch.testing.assert_close(logp[r.mask.bool()], r.logp[r.mask.bool()], rtol=1e-4, atol=1e-5)
+    assert calls()[0] == 0
+    model.config.final_logit_softcapping = None
+    assert not torch.allclose(logprobs(model, r)[0], logp, atol=1e-2)
+
+
+def test_the_option_is_checked():
+    with pytest.raises(ValueError, match=r"head must be one of \('auto', 'logits'\), got 'both'"):
+        Config(eos_token_id=EOS, head="both")

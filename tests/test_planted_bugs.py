@@ -1,12 +1,15 @@
 """The kernels' checks find bugs: each is planted in a copy of the source, and has to be noticed."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from kernel_checks import check, normal
+
+from structadapt.kernels import reference
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 BF16 = torch.bfloat16
@@ -76,7 +79,64 @@ def check_dora(m):
     check(dg, expected, 1e-5)
 
 
-BATTERIES = {"lora.py": check_lora, "dora.py": check_dora}
+def check_quanta(m):
+    """Sizes whose tiles have tails, more than one chunk; the chain on chip is 8^4."""
+    m.CHUNK_ELEMENTS = 1  # 16 tokens
+    for before, after, M in (((4, 6, 5), (4, 6, 7), 35), ((8, 8, 8, 8), (8, 8, 8, 8), 3)):
+        gates, sizes = [], list(before)
+        pairs = reference.quanta_pairs(len(before))
+        for k, (b, a) in enumerate(pairs):
+            old = sizes[b], sizes[a]
+            for axis in (b, a):
+                if not any(axis in pair for pair in pairs[k + 1 :]):
+                    sizes[axis] = after[axis]
+            gates.append(0.1 * normal(sizes[b], sizes[a], *old, seed=k))
+            gates[-1] += reference.eye_gate(gates[-1])
+        n, out = math.prod(before) - 2, math.prod(after) - 1
+        if len(before) == 4:
+            n, out = n + 2, out + 1
+        x, dy = normal(M, n), normal(M, out)
+        leaves = [t.double().requires_grad_() for t in (x, *gates)]
+        for minus_eye in (True, False):
+            y64 = reference.quanta_update(leaves[0], leaves[1:], out, minus_eye)
+            exact = torch.autograd.grad(y64, leaves, dy.double())
+            check(m.quanta_forward(x, gates, [], out, minus_eye), y64.detach(), 5e-6)
+            dx, dG = m.quanta_backward(dy, x, gates, [], minus_eye, True)
+            for found, ref in zip([dx, *dG], exact, strict=True):
+                check(found, ref, 5e-6)
+        twin = [g + 0.1 for g in gates]
+        y64 = y64.detach() - reference.quanta_update(
+            x.double(), [g.double() for g in twin], out, False
+        )
+        check(m.quanta_forward(x, gates, twin, out, False), y64, 2e-5)
+
+
+def check_logprob(m):
+    for V, temperature in ((33, 1.0), (200, 0.7)):
+        Z, bias = 3 * normal(17, V), normal(V)
+        ids = torch.arange(17) % V
+        ids[0], ids[1] = V - 1, 0
+        Z[2] -= 100
+        Z[3, 5:9] = -torch.inf
+        Z[3, ids[3]] = 0
+        exact = torch.log_softmax((Z.double() + bias.double()) / temperature, 1)
+        stride = -(-V // 16) * 16
+        buffer = torch.empty(17, stride)[:, :V].copy_(Z)
+        D = torch.empty(17, stride)[:, :V]
+        g = normal(17)
+        logp, entropy = m.rows(buffer, bias, ids, temperature, D, 2.0, g)
+        check(logp, exact.gather(1, ids[:, None])[:, 0], 2e-6)
+        check(entropy, torch.special.entr(exact.exp()).sum(1), 1e-5)
+        onehot = torch.nn.functional.one_hot(ids, V)
+        check(D, 2 * g.double()[:, None] * (onehot - exact.exp()), 3e-6)
+
+
+BATTERIES = {
+    "lora.py": check_lora,
+    "dora.py": check_dora,
+    "quanta.py": check_quanta,
+    "logprob.py": check_logprob,
+}
 
 PLANTED = {  # what: (file, right, wrong)
     "a tail of K that is one too long": (
@@ -158,6 +218,58 @@ PLANTED = {  # what: (file, right, wrong)
         "dora.py",
         "if tl.abs(tl.load(g + n).to(tl.float32)) >= SMALL",
         "if tl.load(g + n).to(tl.float32) <= -SMALL * 0.001",
+    ),
+    "swapped axes of a gate": (
+        "quanta.py",
+        "t, x, m, row, k // A, k % A, rows, k < K, stm, sxm,\n            SIZES, T, X, LIMITS",
+        "t, x, m, row, k % B, k // B, rows, k < K, stm, sxm,\n            SIZES, T, X, LIMITS",
+    ),
+    "a total that is not carried on": (
+        "quanta.py",
+        "kept = columns & (n_b < B) & (n_a < A)",
+        "kept = columns & (n_b < 0)",
+    ),
+    "x that is not cropped": ("quanta.py", "if LIMITS[j] < SIZES[j]:", "if LIMITS[j] < 0:"),
+    "columns behind x that are read": ("quanta.py", "    if X_WIDTH:", "    if X_WIDTH < 0:"),
+    "a chain that forgets its total": (
+        "quanta.py",
+        "                acc = total\n",
+        "                acc = acc\n",
+    ),
+    "a gate that is not transposed": (
+        "quanta.py",
+        "_linked([(g.matrix.T, g.pair",
+        "_linked([(g.matrix, g.pair",
+    ),
+    "a chunk whose gradients replace the others": (
+        "quanta.py",
+        "dG if before is None else before.add_(dG)",
+        "dG",
+    ),
+    "a sum of exponentials that is not rescaled": (
+        "logprob.py",
+        "total = total * shrink + e",
+        "total = total + e",
+    ),
+    "an entropy whose moment stays behind": (
+        "logprob.py",
+        "moment = (moment + total * shift) * shrink + e * y",
+        "moment = moment * shrink + e * y",
+    ),
+    "a temperature for the chosen token alone": (
+        "logprob.py",
+        "p = tl.exp((_logits(z, bias, v, V, szm, HAS_BIAS) - base) * inverse) * scale",
+        "p = tl.exp((_logits(z, bias, v, V, szm, HAS_BIAS) - base)) * scale",
+    ),
+    "columns beyond the vocabulary": (
+        "logprob.py",
+        'tl.where(v < V, tl.load(z + v, mask=v < szm, other=0.0).to(tl.float32), float("-inf"))',
+        "tl.load(z + v, mask=v < szm, other=0.0).to(tl.float32)",
+    ),
+    "a bias that is forgotten for the chosen token": (
+        "logprob.py",
+        "x += tl.load(bias + target, mask=inside, other=0.0).to(tl.float32)",
+        "x += 0 * tl.load(bias + target, mask=inside, other=0.0).to(tl.float32)",
     ),
 }
 
