@@ -3,6 +3,7 @@
     python benchmarks/aot.py                 # all architectures; compares with the committed table
     python benchmarks/aot.py --write         # writes docs/results/aot.json
     python benchmarks/aot.py --arch 90 --only gemm
+    python benchmarks/aot.py --table         # the committed table, as markdown, by kernel
 
 The library's own launch functions run on CPU tensors with a stand-in driver: what they would launch
 is specialised, compiled and assembled as on a device, and nothing runs. A kernel passes with no
@@ -135,7 +136,7 @@ def entries(kernel: str, arch: int) -> list[Record]:
     return [t for i, t in enumerate(found) if t not in found[:i]]
 
 
-def chosen(kernel: str, arch: int, rank: int) -> list[Record]:
+def chosen(kernel: str, arch: int, rank: int, **more: int) -> list[Record]:
     """The tiles that some size of layer takes at this rank."""
     from structadapt.kernels import _launch
 
@@ -143,7 +144,7 @@ def chosen(kernel: str, arch: int, rank: int) -> list[Record]:
     for name in tables(arch):
         entries = _launch.read_table(name)[kernel]
         for M, N, K in SHAPES:
-            tile = _launch.nearest(entries, {"rank": rank, "M": M, "N": N, "K": K})
+            tile = _launch.nearest(entries, {"rank": rank, "M": M, "N": N, "K": K, **more})
             found += [tile] if tile not in found else []
     return found
 
@@ -171,8 +172,8 @@ def low_rank_cases(arch: int) -> dict[str, Any]:
     for rank in RANKS:
         A, B, h = bf16(rank, K), bf16(N, rank), bf16(M, rank)
 
-        def add(kernel: str, label: str, call: Any, rank: int = rank) -> None:
-            for i, tile in enumerate(chosen(kernel, arch, rank)):
+        def add(kernel: str, label: str, call: Any, rank: int = rank, **more: int) -> None:
+            for i, tile in enumerate(chosen(kernel, arch, rank, **more)):
                 found[f"{kernel}{label} r={rank} #{i}"] = lambda tile=tile: call(tile)
 
         add("narrow", " x A^T", lambda t, A=A: lora.narrow(x, A.T, t))
@@ -185,9 +186,10 @@ def low_rank_cases(arch: int) -> dict[str, Any]:
         add("dora_norm", "", lambda t, A=A, B=B: dora.dora_norm(W, A, B, 1.5, t))
         add("dora_epilogue", "", lambda t, h=h, B=B: dora.dora_epilogue(dY, h, B, bias, g, t))
         if rank <= lora.SPLIT_RANK:
-            add("dy_pass", "", lambda t, h=h, B=B: lora.dy_pass(dY, B, h, 1.5, tile=t))
-            add("dy_pass", " g y bias", lambda t, h=h, B=B: lora.dy_pass(
-                dY, B, h, 1.5, g, bf16(M, N), bias, t))  # fmt: skip
+            plain = partial(lora.dy_pass, dY, B, h, 1.5)
+            add("dy_pass", "", lambda t, f=plain: f(tile=t), gain=1)
+            gained = partial(lora.dy_pass, dY, B, h, 1.5, g, bf16(M, N), bias)
+            add("dy_pass", " g y bias", lambda t, f=gained: f(tile=t), gain=2)
     A, B, h = bf16(16, K), bf16(N, 16), bf16(M, 16)
     found["dora_small_gain"] = lambda: dora.dora_small_gain(dY, x, h, W, B, g, torch.empty(N))
     found["sum_parts"] = lambda: lora.sum_parts(torch.empty(4, N, 16), torch.empty(N, 16), 1.5, g)
@@ -337,13 +339,34 @@ def faults(record: Record, committed: dict[tuple[str, int], Record]) -> list[str
     return found
 
 
+def summary(records: list[Record]) -> str:
+    """Markdown: for every kernel and architecture the ranges over its cases."""
+    lines = ["| kernel | architecture | cases | registers | shared, KiB | matrix instruction |"]
+    lines += ["|---|---|--:|--:|--:|---|"]
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["kernel"], record["arch"]), []).append(record)
+    for (kernel, arch), group in sorted(groups.items()):
+        registers = [r["registers"] for r in group]
+        used = MATRIX[arch] if any(r[MATRIX[arch]] for r in group) else "none"
+        span = f"{min(registers)} to {max(registers)}" if len(group) > 1 else str(registers[0])
+        shared = max(r["shared"] for r in group) / 1024
+        name = kernel.removesuffix("_kernel")
+        lines += [f"| {name} | sm_{arch} | {len(group)} | {span} | {shared:.0f} | {used} |"]
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=sorted(SHARED), choices=SHARED)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # the inner process
+    parser.add_argument("--table", action="store_true", help="print the committed table")
     options = parser.parse_args()
+    if options.table:
+        print(summary(json.loads(RESULTS.read_text())["kernels"]))
+        return 0
     if options.one:
         json.dump(compile_all(options.one, options.only), sys.stdout)
         return 0

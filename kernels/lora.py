@@ -392,7 +392,8 @@ def dy_pass(
 ) -> FromDY:  # fmt: skip
     """dS, dB and with g also g dY, and with y the gradient of g; b (N, R), h (M, R), R <= 64."""
     (M, N), R = dY.shape, b.shape[1]
-    blocks, launch = _launch.split(tile or _launch.tile("dy_pass", dY.device, rank=R, M=M, N=N))
+    sizes = {"rank": R, "M": M, "N": N, "gain": 1 if g is None else 2}
+    blocks, launch = _launch.split(tile or _launch.tile("dy_pass", dY.device, **sizes))
     BR, RO = power_of_2(R, 16), cdiv(R, 8) * 8
     fp32 = {"dtype": torch.float32, "device": dY.device}
     gdY = None if g is None else torch.empty_like(dY)
