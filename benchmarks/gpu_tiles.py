@@ -1,0 +1,330 @@
+"""What is tuned: every kernel of the tables, on the sizes that matter, and the tiles to try."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from counts import Case
+from gpu_cases import SCALE, Problem, Sizes, near_identity, planned
+from torch import Tensor
+
+from structadapt.kernels import _launch, dora, lean_logprob, logprob, lora, quanta
+
+Tile = dict[str, Any]
+Call = Callable[[int, Tile], list[Tensor]]  # with the number of a set of inputs
+
+# Changes to the tile of the architecture's table, which is always tried too.
+CHANGES: dict[str, list[Tile]] = {
+    "narrow": [
+        {"BM": 128}, {"BK": 64}, {"BM": 128, "num_warps": 8}, {"num_stages": 3},
+        {"BK": 64, "num_stages": 5}, {"BM": 128, "BK": 64}, {"BM": 32}, {"num_warps": 8},
+    ],
+    "gemm": [
+        {"num_stages": 3}, {"EPILOGUE": 1, "num_stages": 3}, {"GROUP_M": 16},
+        {"BN": 128}, {"BN": 128, "EPILOGUE": 1}, {"BM": 256, "BN": 128},
+        {"BM": 256, "BN": 128, "EPILOGUE": 1, "num_stages": 3}, {"BN": 128, "num_warps": 4},
+    ],
+    "dy_pass": [
+        {"BM": 32}, {"BM": 64}, {"BM": 128}, {"BN": 128}, {"BN": 128, "num_warps": 4},
+        {"num_stages": 2}, {"num_stages": 4}, {"BM": 32, "num_stages": 4},
+    ],
+    "over_rows": [
+        {"BM": 64}, {"BC": 64}, {"num_stages": 4}, {"num_warps": 8}, {"BM": 64, "num_stages": 4},
+        {"BM": 64, "BC": 64}, {"BM": 64, "num_warps": 8}, {"BM": 32, "num_stages": 4},
+    ],
+    "dora_norm": [
+        {"BN": 32}, {"BK": 64}, {"num_warps": 4}, {"BN": 32, "num_warps": 4}, {"num_stages": 3},
+        {"BN": 16, "num_warps": 4}, {"BR": 16},
+    ],
+    "dora_epilogue": [
+        {"BM": 128}, {"BN": 64}, {"BM": 32}, {"num_warps": 8}, {"BM": 128, "num_warps": 8},
+        {"BN": 256, "num_warps": 8},
+    ],
+    "gate": [
+        {"BM": 64}, {"BN": 128}, {"num_stages": 2}, {"num_stages": 4}, {"num_warps": 4},
+        {"BN": 128, "num_warps": 4}, {"BK": 32}, {"BM": 256, "BN": 128},
+    ],
+    "gate_grad": [
+        {"BM": 32}, {"BM": 128}, {"BN": 64}, {"BK": 64}, {"num_stages": 2}, {"num_warps": 4},
+        {"BM": 128, "num_stages": 2}, {"BN": 256, "BK": 64},
+    ],
+    "chain3": [{"BT": 4}, {"BT": 2}, {"BT": 8}, {"num_warps": 4}, {"BT": 4, "num_warps": 4},
+               {"TMA": 0}, {"BT": 2, "num_warps": 4}],
+    "chain4": [{"BT": 2}, {"BT": 1}, {"BT": 8}, {"num_warps": 4}, {"BT": 2, "num_warps": 4},
+               {"TMA": 0}],
+    "logprob": [{"BLOCK": 2048}, {"BLOCK": 8192}, {"BLOCK": 1024, "num_warps": 4},
+                {"BLOCK": 8192, "num_warps": 16}, {"num_warps": 4},
+                {"BLOCK": 16384, "num_warps": 16}],
+}  # fmt: skip
+# For the interpreter, whose tiles are small: one change each, to have a choice.
+SMALL: dict[str, Tile] = {
+    "narrow": {"BM": 16}, "gemm": {"BN": 64}, "dy_pass": {"BN": 64}, "over_rows": {"BM": 64},
+    "dora_norm": {"BK": 64}, "dora_epilogue": {"BN": 64}, "gate": {"BM": 32},
+    "gate_grad": {"BM": 32}, "chain3": {"BT": 1}, "chain4": {"BT": 2}, "logprob": {"BLOCK": 128},
+}  # fmt: skip
+PLANS = ("lora_forward", "lora_backward", "dora_forward")
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A kernel on one size. `make(n)` gives the call over n sets of inputs."""
+
+    kernel: str
+    sizes: dict[str, int]
+    make: Callable[[torch.device, int], Call]
+    nbytes: int  # of a set of inputs
+    label: str = ""
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{k}={v}" for k, v in self.sizes.items())
+        return " ".join(f"{self.kernel} {self.label} {sizes}".split())
+
+    def candidates(self, device: torch.device, smoke: bool) -> list[Tile]:
+        """The first is the table's."""
+        if self.kernel in PLANS:
+            return [{"plan": "cublas"}, {"plan": "triton"}]
+        base = _launch.tile(self.kernel, device, **self.sizes)
+        changes = [SMALL[self.kernel]] if smoke else CHANGES[self.kernel]
+        found = [base]
+        for change in changes:  # a key that the base lacks belongs to another kind of kernel
+            tile = {**base, **change} if change.keys() <= base.keys() else base
+            if tile not in found:
+                found.append(tile)
+        return found
+
+
+def bf16(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=device) * scale).to(torch.bfloat16)
+
+
+def tunables(smoke: bool) -> list[Tunable]:
+    """The most important first."""
+    m = 32 if smoke else 8192
+    sides = [(64, 64)] if smoke else [(4096, 4096), (14336, 4096), (4096, 14336)]
+    ranks = [8] if smoke else [16, 64, 256]
+    found = []
+    for r in ranks:
+        found += [_gemm(m, N, K, r) for N, K in sides[:1]]
+        found += [_narrow(m, sides[0][1], r), _over_rows(m, sides[0][1], r)]
+    found += [_gemm(m, N, K, r) for N, K in sides[1:] for r in ranks]
+    if not smoke:
+        found += [_narrow(2048, 4096, 16), _gemm(2048, 4096, 4096, 16), _gemm(2048, 4096, 4096, 64)]
+    found += [_dy_pass(m, sides[0][0], r, gain) for r in ranks[:2] for gain in (1, 2)]
+    found += [_norm(*sides[0], r) for r in ranks[::2]]
+    found += [_epilogue(m, sides[0][0], r) for r in ranks[::2]]
+    cube, eight = (16,) * 3, (8,) * 4
+    tokens = 3 if smoke else 4096  # as many as a chunk has
+    found += [_chain(tokens, sizes, minus) for sizes in (cube, eight) for minus in (True, False)]
+    if smoke:
+        found += [f(9, (4,) * 3, (4,) * 3, True) for f in (_gate, _gate_grad)]
+    else:
+        for before, after in ((cube, cube), (eight, eight), (cube, (16, 16, 56)),
+                              ((16, 16, 56), cube)):  # fmt: skip
+            found += [_gate_grad(tokens, before, after, True), _gate(tokens, before, after, True)]
+            found += [_gate(tokens, before, after, False)]
+    found.append(_logprob(*((9, 200) if smoke else (288, 152064))))
+    return found
+
+
+def plans(smoke: bool) -> list[Tunable]:
+    if smoke:
+        return [_plan(name, 32, 64, 64, 8) for name in PLANS]
+    shapes = ((4096, 4096), (14336, 4096), (4096, 14336))
+    found = [(8192, *nk, r) for nk in shapes for r in (16, 64, 256)]
+    found += [(2048, 4096, 4096, r) for r in (16, 256)]
+    return [_plan(name, *size) for size in found for name in PLANS]
+
+
+# -- the calls -------------------------------------------------------------------------------------
+
+
+def _narrow(M: int, K: int, r: int) -> Tunable:
+    def make(device: torch.device, n: int) -> Call:
+        x, A = [bf16(device, M, K) for _ in range(n)], bf16(device, r, K)
+        return lambda i, tile: [lora.narrow(x[i], A.T, tile)]
+
+    return Tunable("narrow", {"rank": r, "M": M, "K": K}, make, 2 * M * K)
+
+
+def _gemm(M: int, N: int, K: int, r: int) -> Tunable:
+    """Both ways that W is read: for y it is (N, K), for dx of the transposed layer (K, N)."""
+
+    def make(device: torch.device, n: int) -> Call:
+        x, s = [bf16(device, M, K) for _ in range(n)], bf16(device, M, r)
+        W, B = bf16(device, N, K, scale=K**-0.5), bf16(device, N, r)
+        W2, A = bf16(device, K, N, scale=K**-0.5), bf16(device, r, N)
+        return lambda i, tile: [
+            lora.gemm(x[i], W.T, s, B.T, tile=tile), lora.gemm(x[i], W2, s, A, tile=tile),
+        ]  # fmt: skip
+
+    return Tunable("gemm", {"rank": r, "M": M, "N": N, "K": K}, make, 2 * M * K)
+
+
+def _dy_pass(M: int, N: int, r: int, gain: int) -> Tunable:
+    """LoRA's, or with a `gain` of 2 DoRA's, which also reads y and writes g dY."""
+
+    def make(device: torch.device, n: int) -> Call:
+        dY, b, h = [bf16(device, M, N) for _ in range(n)], bf16(device, N, r), bf16(device, M, r)
+        y, g = bf16(device, M, N), torch.full((N,), 0.5, device=device)
+        more = (g, y) if gain == 2 else ()
+
+        def call(i: int, tile: Tile) -> list[Tensor]:
+            found = lora.dy_pass(dY[i], b, h, SCALE, *more, tile=tile)
+            every = found.dS, found.dB, found.gdY, found.dg
+            return [t for t in every if t is not None]
+
+        return call
+
+    sizes = {"rank": r, "M": M, "N": N, "gain": gain}
+    return Tunable("dy_pass", sizes, make, 2 * gain * M * N)
+
+
+def _over_rows(M: int, C: int, r: int) -> Tunable:
+    def make(device: torch.device, n: int) -> Call:
+        z, h = [bf16(device, M, C) for _ in range(n)], bf16(device, M, r)
+        out = torch.empty(r, C, device=device)
+        return lambda i, tile: [lora.over_rows(z[i], h, out, transposed=True, tile=tile).clone()]
+
+    return Tunable("over_rows", {"rank": r, "M": M, "K": C}, make, 2 * M * C)
+
+
+def _norm(N: int, K: int, r: int) -> Tunable:
+    def make(device: torch.device, n: int) -> Call:
+        W = [bf16(device, N, K, scale=K**-0.5) for _ in range(n)]
+        A, B = torch.randn(r, K, device=device) * K**-0.5, torch.randn(N, r, device=device)
+        return lambda i, tile: [dora.dora_norm(W[i], A, B, SCALE, tile)]
+
+    return Tunable("dora_norm", {"rank": r, "N": N, "K": K}, make, 2 * N * K)
+
+
+def _epilogue(M: int, N: int, r: int) -> Tunable:
+    def make(device: torch.device, n: int) -> Call:
+        base = [bf16(device, M, N) for _ in range(n)]
+        h, b, g = bf16(device, M, r), bf16(device, N, r), torch.full((N,), 0.5, device=device)
+
+        # On a copy, which is timed too: in place, every call would have other numbers.
+
+        def call(i: int, tile: Tile) -> list[Tensor]:
+            return [dora.dora_epilogue(base[i].clone(), h, b, None, g, tile)]
+
+        return call
+
+    return Tunable("dora_epilogue", {"rank": r, "M": M, "N": N}, make, 2 * M * N)
+
+
+def _steps(before: Sizes, after: Sizes, device: torch.device, minus_eye: bool = True) -> Any:
+    """The gates of a chain."""
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        return torch.randn(shape, device=device) * scale
+
+    gates = near_identity(before, after, normal)
+    return quanta.chain_of(gates, torch.bfloat16, minus_eye)
+
+
+def _gate(M: int, before: Sizes, after: Sizes, plus: bool) -> Tunable:
+    """The second gate, the first one with a total; `plus`: x is added to it."""
+    sizes = _gate_sizes(before, after, plus)
+
+    def make(device: torch.device, n: int) -> Call:
+        steps = _steps(before, after, device)
+        step = steps[1]
+        x = [bf16(device, M, math.prod(before)) for _ in range(n)]
+        total = [bf16(device, M, math.prod(step.before)) for _ in range(n)]
+        parts = [quanta.Part(a, before, t) if plus else quanta.Part(t, step.before)
+                 for a, t in zip(x, total, strict=True)]  # fmt: skip
+        out = bf16(device, M, math.prod(step.after))
+        return lambda i, tile: [quanta.gate(parts[i], step, out, tile=tile).clone()]
+
+    nbytes = (1 + plus) * 2 * M * math.prod(before)
+    return Tunable("gate", sizes, make, nbytes, _axes(before, after))
+
+
+def _gate_grad(M: int, before: Sizes, after: Sizes, plus: bool) -> Tunable:
+    sizes = _gate_sizes(before, after, plus)
+
+    def make(device: torch.device, n: int) -> Call:
+        steps = _steps(before, after, device)
+        step, back = steps[1], quanta.transposed(steps)[-2]
+
+        def part(first: Sizes, at: Sizes) -> quanta.Part:
+            total = bf16(device, M, math.prod(at))
+            return quanta.Part(bf16(device, M, math.prod(first)), first, total)
+
+        pairs = [(part(after, step.after), part(before, step.before)) for _ in range(n)]
+        return lambda i, tile: [quanta.gate_grad(*pairs[i], step, back, tile)]
+
+    return Tunable("gate_grad", sizes, make, 8 * M * math.prod(before), _axes(before, after))
+
+
+def _axes(before: Sizes, after: Sizes) -> str:
+    return "-".join("x".join(map(str, s)) for s in dict.fromkeys((before, after)))
+
+
+def _gate_sizes(before: Sizes, after: Sizes, plus: bool) -> dict[str, int]:
+    """Of the second gate: (N, K), as the tables are asked for them."""
+    steps = _steps(before, after, torch.device("meta"))
+    return {**steps[1].tiles_for, "sources": 1 + plus}
+
+
+def _chain(M: int, sizes: Sizes, minus_eye: bool) -> Tunable:
+    width = math.prod(sizes)
+
+    def make(device: torch.device, n: int) -> Call:
+        steps = _steps(sizes, sizes, device, minus_eye)
+        x, out = [bf16(device, M, width) for _ in range(n)], bf16(device, M, width)
+
+        def call(i: int, tile: Tile) -> list[Tensor]:
+            return [quanta.chain(x[i], steps, out, minus_eye, tile=tile).clone()]
+
+        return call
+
+    return Tunable(f"chain{len(sizes)}", {"sources": 1 + minus_eye}, make, 2 * M * width)
+
+
+def _logprob(C: int, V: int) -> Tunable:
+    stride = -(-V // lean_logprob.PAD) * lean_logprob.PAD
+
+    def make(device: torch.device, n: int) -> Call:
+        Z = [3 * torch.randn(C, stride, device=device)[:, :V] for _ in range(n)]
+        D, ids = bf16(device, C, stride)[:, :V], torch.randint(V, (C,), device=device)
+
+        def call(i: int, tile: Tile) -> list[Tensor]:
+            return [*logprob.rows(Z[i], None, ids, 1.0, D, 1.0, None, tile), D.clone()]
+
+        return call
+
+    return Tunable("logprob", {"V": V}, make, 4 * C * V)
+
+
+def _plan(op: str, M: int, N: int, K: int, r: int) -> Tunable:
+    """A whole forward or backward with either plan, on the tiles of the table."""
+
+    def make(device: torch.device, n: int) -> Call:
+        problem = Problem(Case("dora", M, N, K, r), device, n)
+        W, (A, B) = problem.W, (problem.params[k].detach() for k in "AB")
+        g, h = problem.gain(), bf16(device, M, r)
+        needs = (True, False, False, True, True)
+
+        def call(i: int, tile: Tile) -> list[Tensor]:
+            x, dy = problem.sets[i]
+            x = x.detach()
+            with planned(tile["plan"]):
+                if op == "lora_forward":
+                    return [lora.lora_forward(x, W, None, A, B, SCALE)[0]]
+                if op == "dora_forward":
+                    return [dora.dora_forward(x, W, None, A, B, g, SCALE)[0]]
+                found = lora.lora_backward(dy, x, h, W, A, B, SCALE, needs)
+                return [t for t in found if t is not None]
+
+        return call
+
+    return Tunable(op, {"rank": r, "M": M, "N": N, "K": K}, make, 2 * M * (K + N))
+
+
+@functools.cache
+def everything(smoke: bool) -> tuple[Tunable, ...]:
+    return (*tunables(smoke), *plans(smoke))
