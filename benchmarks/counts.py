@@ -1,7 +1,7 @@
 """What every op has to compute and to move, and the ratio to the frozen linear that follows.
 
     python benchmarks/counts.py                       a table at 790 TFLOP/s and 4.3 TB/s
-    python benchmarks/counts.py --tflops 800 --tbs 4
+    python benchmarks/counts.py --tflops 800 --tbs 4 --results docs/results/gpu_NAME.json
 
 Counted, not measured: stages that wait for each other, each as long as the longer of its
 arithmetic and its memory traffic. No launches and no caches. A number is 2 bytes, a sum over parts
@@ -11,9 +11,12 @@ Bytes are read and written once per kernel as ours are; an operand that tiles sh
 """
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 STRIPE = 256  # columns of dY that a program of the one pass over it takes
 SPLIT_RANK = 64  # the largest rank that this pass can do
@@ -265,28 +268,50 @@ def cases(op: str) -> list[Case]:
     return sorted(found, key=lambda c: (c.M != 8192) + (c.N != c.K))
 
 
-def table(tflops: float = TFLOPS, tbs: float = TBS) -> str:
-    """Markdown: FLOPs and bytes of forward and backward together, and the ratios that follow."""
+def table(tflops: float = TFLOPS, tbs: float = TBS, results: dict[str, Any] | None = None) -> str:
+    """Markdown: FLOPs and bytes of forward and backward together, the ratios that follow, the
+    targets of the design, and what `gpu.py` measured. Of the head, in products with W, the sum."""
     lines = [
-        "| op | M | N | K | r or axes | GFLOP | MB | forward | backward | target |",
-        "|---|--:|--:|--:|---|--:|--:|--:|--:|---|",
+        "| op | M | N | K | rank or axes | GFLOP | MB | counted | target | measured |",
+        "|---|--:|--:|--:|---|--:|--:|--:|--:|--:|",
     ]
+    measured = _measured(results or {})
     for op in ("lora", "dora", "quanta", "head"):
         for case in cases(op):
             stages = [*forward(case), *backward(case)]
-            found, aim = ratios(case, tflops, tbs), target(case)
-            goal = " / ".join(f"{v:.2f}" for v in aim.values())
+            found = ratios(case, tflops, tbs)
+            counted = {k: found[k] for k in (("step",) if op == "head" else ("fwd", "bwd"))}
             kind = str(case.rank) if case.rank else "x".join(map(str, case.after))
-            lines.append(
-                f"| {op} | {case.M} | {case.N} | {case.K} | {kind} | {flops(stages) / 1e9:.0f} "
-                f"| {moved(stages) / 1e6:.0f} | {found['fwd']:.3f} | {found['bwd']:.3f} | {goal} |"
-            )
+            columns = [
+                op, case.M, case.N, case.K, kind,
+                f"{flops(stages) / 1e9:.0f}", f"{moved(stages) / 1e6:.0f}",
+                *(" / ".join(f"{v:.2f}" for v in d.values()) for d in (counted, target(case))),
+                measured.get(case, "not measured yet"),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(map(str, columns))} |")
     return "\n".join(lines)
+
+
+def _measured(results: dict[str, Any]) -> dict[Case, str]:
+    """{case: the ratios of ours in a results file of gpu.py}."""
+    found = {}
+    for cell in results.get("cells", {}).values():
+        ours = cell.get("providers", {}).get("ours", {}).get("ratio")
+        if ours and "case" in cell:
+            fields: Any = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in cell["case"].items()
+            }
+            parts = ("step",) if fields["op"] == "head" else ("fwd", "bwd")
+            known = [ours[k]["median"] for k in parts if k in ours]
+            found[Case(**fields)] = " / ".join(f"{v:.2f}" for v in known)
+    return found
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Counts of every op, and the ratios that follow.")
     parser.add_argument("--tflops", type=float, default=TFLOPS, help="of a large bf16 product")
     parser.add_argument("--tbs", type=float, default=TBS, help="TB/s of memory")
+    parser.add_argument("--results", type=Path, help="a JSON file of gpu.py, for what it measured")
     options = parser.parse_args()
-    print(table(options.tflops, options.tbs))
+    content = json.loads(options.results.read_text()) if options.results else None
+    print(table(options.tflops, options.tbs, content))

@@ -29,7 +29,8 @@ def check(out, ref, bound=None, what="", lines=4.0):
         if not others or not ref.numel():
             continue
         floor = size * (ref.numel() / ref.shape[dim]) ** 0.5
-        scale = torch.maximum(torch.linalg.vector_norm(ref, dim=others), 0.1 * floor).clamp(min=1e-300)
+        scale = torch.linalg.vector_norm(ref, dim=others)
+        scale = torch.maximum(scale, 0.1 * floor).clamp(min=1e-300)
         worst = float((torch.linalg.vector_norm(error, dim=others) / scale).max())
         few = 3.0 if ref.numel() < 16 * ref.shape[dim] else 1.0  # nothing averages out
         assert worst <= few * lines * bound, f"{what}: {worst:.2e} along dimension {dim}"

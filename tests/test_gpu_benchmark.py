@@ -1,6 +1,7 @@
 """The GPU benchmark runs tiny on the CPU, goes on where it stopped, and times nothing wrong."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -392,6 +393,25 @@ def test_the_flops_of_lora_are_those_that_torch_counts(benchmark):
         assert counts.flops(counts.lora_backward(M, N, K, r, plan)) == backward.get_total_flops()
     large = counts.flops(counts.lora_backward(M, N, K, 4 * counts.SPLIT_RANK))
     assert large == 2 * M * N * K + 4 * M * 4 * counts.SPLIT_RANK * (N + K)
+
+
+def test_the_docs_have_the_table_of_counts(benchmark):
+    root = Path(__file__).parents[1]
+    results = sorted((root / "docs" / "results").glob("gpu_*.json"))
+    content = json.loads(results[0].read_text()) if results else None
+    assert benchmark["counts"].table(results=content) in (root / "docs" / "kernels.md").read_text()
+
+
+def test_what_was_measured_stands_beside_what_was_counted(benchmark):
+    counts = benchmark["counts"]
+    case = counts.cases("lora")[0]
+    cell = {
+        "case": {**dataclasses.asdict(case), "before": [], "after": []},
+        "providers": {"ours": {"ratio": {k: {"median": v} for k, v in (("fwd", 1.5), ("bwd", 2))}}},
+    }
+    found = counts.table(results={"cells": {"lora/one": cell}}).splitlines()
+    assert found[2].endswith("| 1.50 / 2.00 |") and "not measured yet" in found[3]
+    assert "not measured yet" in counts.table().splitlines()[2]
 
 
 def test_the_flops_of_a_chain_are_those_that_torch_counts(benchmark):
