@@ -23,6 +23,7 @@ from structadapt.kernels.lora import (
     gemm,
     narrow,
     over_rows,
+    padded,
     plan,
     present,
     product,
@@ -136,10 +137,11 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float, tile: Tile | None =
     (N, K), R = W.shape, A.shape[0]
     blocks, launch = _launch.split(tile or _launch.tile("dora_norm", W.device, rank=R, N=N, K=K))
     blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
+    A, B = A.float().contiguous(), B.float().contiguous()
     out = torch.empty(N, dtype=torch.float32, device=W.device)
     _launch.run(
         dora_norm_kernel, (cdiv(N, blocks["BN"]),),
-        W, A.float(), B.float(), out, N, K, R, scale, W.stride(0), A.stride(0), B.stride(0),
+        W, A, B, out, N, K, R, scale, W.stride(0), A.stride(0), B.stride(0),
         LOW=LOW_PRECISION, **blocks, **launch,
     )  # fmt: skip
     return out
@@ -156,8 +158,9 @@ def dora_epilogue(
     if M:
         _launch.run(
             dora_epilogue_kernel, (cdiv(M, blocks["BM"]), cdiv(N, blocks["BN"])),
-            base, h, b, base if bias is None else bias, g, M, N, R, base.stride(0), h.stride(0),
-            b.stride(0), HAS_BIAS=bias is not None, PRECISION=PRECISION, **blocks, **launch,
+            base, h, b, base if bias is None else bias.contiguous(), g, M, N, R,
+            base.stride(0), h.stride(0), b.stride(0), HAS_BIAS=bias is not None,
+            PRECISION=PRECISION, **blocks, **launch,
         )  # fmt: skip
     return base
 
@@ -182,7 +185,7 @@ def dora_forward(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, g: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h, y) with h = x A^T and y = g (x W^T + h (scale B)^T) + bias."""
-    X = flat(x)
+    X, g = flat(x), g.contiguous()
     h, b = narrow(X, A.to(x.dtype).T), scaled(B, scale, x.dtype)
     if plan("dora_forward", X, W, A.shape[0]) == "triton":
         y = gemm(X, W.T, h, b.T, bias, g)
@@ -197,18 +200,19 @@ def dora_backward(
     B: Tensor, g: Tensor, scale: float, needs: tuple[bool, ...],
 ) -> Grads:  # fmt: skip
     """Gradients of (x, W, bias, A, B, g); the norm inside g is a constant."""
-    dY, X = readable(flat(dy)), flat(x)
+    dY, X, g = readable(flat(dy)), flat(x), g.contiguous()
     b = scaled(B, scale, dy.dtype)
-    gb = (g[:, None] * scale * B.float()).to(dy.dtype)
+    gb = padded(g[:, None] * scale * B.float(), dy.dtype)
     found = _read_dy(dY, gb, h, scale, g, flat(y) if needs[5] else None, bias)
     dx = dA = None
     if needs[0]:
         by = plan("lora_backward", X, W, A.shape[0])
-        dx = product(present(found.gdY), W, found.dS, A.to(dy.dtype), None, by).view(x.shape)
+        low = A.to(dy.dtype).contiguous()
+        dx = product(present(found.gdY), W, found.dS, low, None, by).view(x.shape)
     dW = (present(found.gdY).T @ X).to(W.dtype) if needs[1] else None
     dbias = dY.sum(0) if needs[2] else None
     if needs[3]:
-        dA = over_rows(X, found.dS, torch.empty_like(A), transposed=True)
+        dA = over_rows(X, found.dS, A.new_empty(A.shape), transposed=True)
     dB = found.dB.to(B.dtype) if needs[4] else None
     dg = dora_small_gain(dY, X, h, W, b, g, present(found.dg)).to(g.dtype) if needs[5] else None
     return dx, dW, dbias, dA, dB, dg

@@ -316,7 +316,7 @@ def gemm(
         return y
     flags = {"HAS_BIAS": bias is not None, "HAS_G": g is not None}
     tiles = cdiv(M, blocks["BM"]) * cdiv(N, blocks["BN"])
-    extra = [y if t is None else t for t in (bias, g)]
+    extra = [y if t is None else t.contiguous() for t in (bias, g)]
     if "EPILOGUE" in blocks:
         nk = w.stride(0) == 1  # w and b are the transposed views of (N, K) and (N, R)
         w, b = (w.T, b.T) if nk else (w, b)
@@ -406,7 +406,8 @@ def dy_pass(
     part_s = torch.empty(stripes, M, RO, **fp32)
     part_b = torch.empty(parts, N, R, **fp32)
     part_g = None if y is None else torch.empty(parts, N, **fp32)
-    g, gdY_, y_, bias_, part_g_ = (dY if t is None else t for t in (g, gdY, y, bias, part_g))
+    g, bias_ = (dY if t is None else t.contiguous() for t in (g, bias))
+    gdY_, y_, part_g_ = (dY if t is None else t for t in (gdY, y, part_g))
     _launch.run(
         dy_pass_kernel, (stripes, parts),
         dY, b, h, g, y_, bias_, part_s, part_b, part_g_, gdY_, M, N, R, RO, span, dY.stride(0),
@@ -476,11 +477,11 @@ def lora_backward(
     dx = dA = None
     if needs[0]:
         by = plan("lora_backward", X, W, A.shape[0])
-        dx = product(dY, W, present(dS), A.to(dy.dtype), None, by).view(x.shape)
+        dx = product(dY, W, present(dS), A.to(dy.dtype).contiguous(), None, by).view(x.shape)
     dW = (dY.T @ X).to(W.dtype) if needs[1] else None
     dbias = dY.sum(0) if needs[2] else None
     if needs[3]:
-        dA = over_rows(X, present(dS), torch.empty_like(A), transposed=True)
+        dA = over_rows(X, present(dS), A.new_empty(A.shape), transposed=True)
     return dx, dW, dbias, dA, None if dB is None else dB.to(B.dtype)
 
 

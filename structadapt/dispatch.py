@@ -8,9 +8,11 @@ Every op has a plain-torch form and, for CUDA devices, a Triton one (`kernels/`)
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,15 +40,20 @@ class Choice:
         return f"{self.op} {self.shapes}: {self.backend}, {self.reason}"
 
 
-class _State:
-    backend: str = ""  # set below
-    seen: list[Choice] | None = None  # of an `explain` under way
-
-
-def _checked(name: str) -> str:
+def _checked(name: str, source: str = "sa.backend") -> str:
     if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"unknown backend {name!r} from {source}: expected one of {', '.join(BACKENDS)}"
+        )
     return name
+
+
+class _State:
+    # Read here: a graph that is compiled later must not see it change from unset to set.
+    default: str = _checked(os.environ.get("STRUCTADAPT_BACKEND") or "auto", "STRUCTADAPT_BACKEND")
+    backend: str = default
+    blocks: ClassVar[list[tuple[object, str]]] = []  # entered and not left, the innermost last
+    seen: list[Choice] | None = None  # of an `explain` under way
 
 
 @contextmanager
@@ -60,17 +67,18 @@ def backend(name: str) -> Iterator[None]:
 
     Raises ValueError for another name.
     """
-    before, _State.backend = current(), _checked(name)
+    block = (object(), _checked(name))
+    _State.blocks.append(block)
+    _State.backend = name
     try:
         yield
-    finally:
-        _State.backend = before
+    finally:  # blocks of generators and threads may be left in another order than entered
+        _State.blocks.remove(block)
+        _State.backend = _State.blocks[-1][1] if _State.blocks else _State.default
 
 
 def current() -> str:
     """The backend in use: "auto", "triton" or "torch"."""
-    if not _State.backend:
-        _State.backend = _checked(os.environ.get("STRUCTADAPT_BACKEND", "auto"))
     return _State.backend
 
 
@@ -84,39 +92,47 @@ def watching() -> Iterator[list[Choice]]:
         _State.seen = before
 
 
-def choose(
-    op: str, x: Tensor, W: Tensor, *others: Tensor, rank: int = 0, any_strides: bool = False
-) -> str:
-    """`triton` or `torch` for tensors that nothing observes. x (..., in), W (out, in).
+def against(
+    x: Tensor, W: Tensor, *others: Tensor, rank: int = 0, any_strides: bool = False
+) -> str | None:
+    """Why these tensors, which nothing observes, go to torch, or None. x (..., in), W (out, in).
 
     any_strides: no kernel reads x or W, torch's own products do.
-    Raises RuntimeError if the backend is "triton" and the kernels cannot take them.
     """
     asked = current()
-    if asked == "torch" and _State.seen is None:  # the short way
-        return "torch"
-    reason = (
-        "the backend is torch"
-        if asked == "torch"
-        else refusal(x, W, *others, rank=rank, any_strides=any_strides)
-    )
-    if reason is None and asked == "auto":
-        reason = _slower(x)
-    return settle(op, x, W, reason)
+    if asked == "torch":
+        return "the backend is torch"
+    reason = refusal(x, W, *others, rank=rank, any_strides=any_strides)
+    return _slower(x) if reason is None and asked == "auto" else reason
 
 
-def settle(op: str, x: Tensor, W: Tensor, refused: str | None) -> str:
-    """Note a choice; raise if what was asked for cannot be had."""
+def settle(op: str, x: Tensor, W: Tensor, refused: str | None, strict: bool = True) -> str:
+    """`triton` or `torch`; noted for `explain`.
+
+    Raises RuntimeError if the backend is "triton" and something is against it, unless an op that
+    is not `strict` may always fall back.
+    """
     found = "torch" if refused else "triton"
+    raises = refused is not None and strict and current() == "triton"
     if _State.seen is not None:
         shapes = f"{tuple(x.shape)} by {tuple(W.shape)}"
-        _State.seen.append(Choice(op, shapes, found, refused or "nothing is against it"))
-    elif refused and current() == "triton":
+        reason = refused or "nothing is against it"
+        reason += " (outside of explain it raises)" if raises else ""
+        _State.seen.append(Choice(op, shapes, found, reason))
+    elif raises:
         raise RuntimeError(
             f'{op} cannot run on Triton, and the backend is "triton": {refused}. '
             'sa.backend("auto") runs it on torch'
         )
     return found
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that torch.autocast would multiply it in."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def refusal(
@@ -126,10 +142,8 @@ def refusal(
     where = _no_device(x.device)
     if where:
         return where
-    forced = current() == "triton"
-    allowed = (torch.bfloat16, torch.float16, *((torch.float32,) if forced else ()))
-    if x.dtype not in allowed:
-        return f"x is {_short(x.dtype)}, and the kernels take bf16 and fp16"
+    if x.dtype not in _dtypes():
+        return f"x is {_short(x.dtype)}, and the kernels take {', '.join(map(_short, _dtypes()))}"
     if W.dtype != x.dtype:
         return f"x is {_short(x.dtype)} and W {_short(W.dtype)}"
     foreign = next((t for t in (W, *others) if t.device != x.device), None)
@@ -155,8 +169,8 @@ def _no_device(device: torch.device) -> str | None:
         return f"x is on {device.type}"
     if torch.version.hip:
         return "the kernels are for CUDA, not for ROCm"
-    if not _has_triton():
-        return "triton is not installed"
+    if not HAS_TRITON:
+        return "triton 3.4 or newer is not installed"
     if device.type == "cuda" and not _launch.architecture(device):
         return "the device is older than compute capability 8.0"
     if device.type == "cpu" and current() != "triton":
@@ -164,12 +178,20 @@ def _no_device(device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
-def _has_triton() -> bool:
+def _dtypes() -> tuple[torch.dtype, ...]:
+    wide = (torch.float32,) if current() == "triton" else ()
+    return (torch.bfloat16, torch.float16, *wide)
+
+
+def _found(module: str) -> bool:
     try:
-        return importlib.util.find_spec("triton") is not None
-    except ValueError:  # set to None in sys.modules
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # no parent; None in sys.modules
         return False
+
+
+# The module with the descriptors that the kernels are launched with came with 3.4.
+HAS_TRITON = _found("triton.tools.tensor_descriptor") and sys.modules.get("triton", 1) is not None
 
 
 def _slower(x: Tensor) -> str | None:
@@ -181,16 +203,31 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def traced_to_kernels(x: Tensor, rank: int = 0) -> bool:
-    """Whether an op is being compiled and becomes an opaque one, which decides when it runs."""
-    if not torch.compiler.is_compiling():
+def traced_to_kernels(x: Tensor, W: Tensor, *others: Tensor, rank: int = 0) -> bool:
+    """Whether an op is being compiled and becomes an opaque one, which decides when it runs.
+
+    By what a trace knows of all of its runs: not by rows, addresses or the device's age.
+    """
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
-    asked = current()
-    if asked == "torch" or rank > LARGEST_RANK:
+    asked, device = current(), x.device.type
+    if asked == "torch" or rank > LARGEST_RANK or not HAS_TRITON or torch.version.hip:
         return False
-    if x.device.type == "cuda":
-        return x.dtype in (torch.bfloat16, torch.float16) and not torch.version.hip
-    return asked == "triton" and x.device.type == "cpu" and _launch.interpreted()
+    if device != "cuda" and not (asked == "triton" and device == "cpu" and _launch.interpreted()):
+        return False
+    if torch._C._are_functorch_transforms_active() or any(map(_sharded, (x, W, *others))):
+        return False
+    dtype = x.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    fits = device == "cpu" or not any(side % MULTIPLE for side in W.shape)
+    return dtype in _dtypes() and W.dtype == dtype and fits
+
+
+def _sharded(t: Tensor) -> bool:
+    return getattr(type(t), "__torch_dispatch__", None) is not getattr(
+        Tensor, "__torch_dispatch__", None
+    )
 
 
 # -- who looks on ----------------------------------------------------------------------------------

@@ -49,10 +49,12 @@ def implementation(
     op: str, x: Tensor, W: Tensor, *others: Tensor, rank: int = 0, any_strides: bool = False
 ) -> ModuleType:
     """The module that has the functions of an op for these tensors."""
+    refused = dispatch.against(x, W, *others, rank=rank, any_strides=any_strides)
     plain, fused = MODULES[op]
-    if dispatch.choose(op, x, W, *others, rank=rank, any_strides=any_strides) == "triton":
-        return import_module(f"structadapt.kernels.{fused}")
-    return plain
+    # A norm is taken of weights that no kernel multiplies, too.
+    if dispatch.settle(op, x, W, refused, strict=op != "dora_norm") == "torch":
+        return plain
+    return import_module(f"structadapt.kernels.{fused}")
 
 
 def run(
@@ -60,11 +62,10 @@ def run(
 ) -> Tensor:
     """The output (..., out) of a layer."""
     if not dispatch.plain_tensors(x, W, *tensors):
-        if not x.is_meta:
+        if not (x.is_meta or torch.compiler.is_exporting()):
             dispatch.settle(op, x, W, dispatch.OBSERVED)
         return form.plain(x, W, bias, *tensors)  # type: ignore[no-any-return]
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))  # W and bias follow x
+    x = dispatch.autocast(x)  # on torch W and bias follow x
     form = replace(form, kernels=implementation(op, x, W, *tensors, rank=rank))
     if torch.is_grad_enabled():
         return _ByHand.apply(form, x, W, bias, *tensors)  # type: ignore[no-any-return]
@@ -107,17 +108,25 @@ class SharedLoRA(torch.autograd.Function):
         ys, h = kernels.lora_shared_forward(x, Ws, biases, As, Bs, scales)
         ctx.kernels, ctx.scales = kernels, scales
         ctx.save_for_backward(*tensors, h)
+        ctx.set_materialize_grads(False)  # a layer whose output is not used has no gradients
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *rest, h = ctx.saved_tensors
         Ws, _, As, Bs = (rest[i::4] for i in range(4))
-        need_x = ctx.needs_input_grad[2]
-        dx, *found = ctx.kernels.lora_shared_backward(dys, x, h, Ws, As, Bs, ctx.scales, need_x)
-        layers = ((None, None, dA, dB) for dA, dB in zip(*found, strict=True))
-        return None, None, dx, *(t for layer in layers for t in layer)
+        used = [i for i, dy in enumerate(dys) if dy is not None]
+        if len(used) < len(dys):
+            h = torch.cat([h.new_empty(len(h), 0), *(lean.by_layer(h, As)[i] for i in used)], 1)
+        chosen = ([all_of_them[i] for i in used] for all_of_them in (Ws, As, Bs, ctx.scales))
+        grads: list[Any] = [None] * len(rest)
+        dx, dAs, dBs = ctx.kernels.lora_shared_backward(
+            [dys[i] for i in used], x, h, *chosen, ctx.needs_input_grad[2]
+        )
+        for i, dA, dB in zip(used, dAs, dBs, strict=True):
+            grads[4 * i + 2], grads[4 * i + 3] = dA, dB
+        return None, None, dx, *grads
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Inside, the implementation is chosen when the op runs, as in eager mode. What th
 backward is what the Triton forms hold; a twin in plain torch that wants more computes it again.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -15,19 +16,16 @@ from structadapt.kernels import lean
 from structadapt.kernels.reference import no_autocast
 
 
-def cast(x: Tensor, W: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x in the dtype of autocast, which an opaque op does not see; W and bias follow x."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return x, W.to(x.dtype), None if bias is None else bias.to(x.dtype)
-
-
 def _wanted(grads: Any, needs: list[bool]) -> list[Tensor]:
-    return [g for g, need in zip(grads, needs, strict=True) if need]
+    return [g.contiguous() for g, need in zip(grads, needs, strict=True) if need]
 
 
 def _fakes(tensors: Any, needs: list[bool]) -> list[Tensor]:
-    return [torch.empty_like(t) for t, need in zip(tensors, needs, strict=True) if need]
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, need in zip(tensors, needs, strict=True)
+        if need
+    ]
 
 
 def _spread(grads: list[Tensor], needs: list[bool]) -> tuple[Tensor | None, ...]:
@@ -37,6 +35,10 @@ def _spread(grads: list[Tensor], needs: list[bool]) -> tuple[Tensor | None, ...]
 
 def _output(x: Tensor, W: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], W.shape[0])
+
+
+def _narrow(x: Tensor, A: Tensor) -> Tensor:
+    return x.new_empty(math.prod(x.shape[:-1]), A.shape[0])  # .numel() would fix the number of rows
 
 
 # -- LoRA ------------------------------------------------------------------------------------------
@@ -50,12 +52,12 @@ def lora_linear(
     with no_autocast(x.device):
         kernels = implementation("lora_linear", x, W, A, B, rank=A.shape[0])
         y, h = kernels.lora_forward(x, W, bias, A, B, scale)
-    return y, h.to(x.dtype)
+    return y, h.to(x.dtype).contiguous()
 
 
 @lora_linear.register_fake
 def _(x: Tensor, W: Tensor, bias: Any, A: Tensor, B: Tensor, scale: float) -> Any:
-    return _output(x, W), x.new_empty(x.shape[:-1].numel(), A.shape[0])
+    return _output(x, W), _narrow(x, A)
 
 
 @custom_op("structadapt::lora_linear_backward", mutates_args=())
@@ -110,12 +112,12 @@ def dora_linear(
     with no_autocast(x.device):
         kernels = implementation("dora_linear", x, W, A, B, g, rank=A.shape[0])
         y, h, _ = kernels.dora_forward(x, W, bias, A, B, g, scale)
-    return y, h.to(x.dtype)
+    return y, h.to(x.dtype).contiguous()
 
 
 @dora_linear.register_fake
 def _(x: Any, W: Any, bias: Any, A: Any, B: Any, g: Any, scale: Any) -> Any:
-    return _output(x, W), x.new_empty(x.shape[:-1].numel(), A.shape[0])
+    return _output(x, W), _narrow(x, A)
 
 
 @custom_op("structadapt::dora_linear_backward", mutates_args=())

@@ -30,7 +30,7 @@ from structadapt.forms import (
     implementation,
     run,
 )
-from structadapt.kernels import reference
+from structadapt.kernels import lean, reference
 from structadapt.kernels.reference import (
     dora_gain,
     dora_onto,
@@ -74,8 +74,8 @@ def lora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
     """y = x W^T + scale (x A^T) B^T + bias. Held for the backward: x and x A^T."""
-    if dispatch.traced_to_kernels(x, A.shape[0]):
-        return opaque.lora_linear(*opaque.cast(x, W, bias), A, B, scale)[0]
+    if dispatch.traced_to_kernels(x, W, A, B, rank=A.shape[0]):
+        return opaque.lora_linear(dispatch.autocast(x), W, bias, A, B, scale)[0]
     return run("lora_linear", LoRAForm(scale), x, W, bias, A, B, rank=A.shape[0])
 
 
@@ -85,21 +85,26 @@ def lora_shared_linear(
 ) -> tuple[Tensor, ...]:
     """`lora_linear` of several layers (W, bias, A, B, scale) on the same x, read once for all.
 
-    Held: x and every x A^T. Where W or a bias is trained, or the operations are observed, it is
-    `lora_linear` of each. A second derivative raises.
+    Held: x and every x A^T. Where W or a bias is trained, under autocast, for a few rows, or where
+    the operations are observed, it is `lora_linear` of each. Else a second derivative raises.
     """
+
+    def apart() -> tuple[Tensor, ...]:
+        return tuple(lora_linear(x, *layer) for layer in layers)
+
     tensors = [t for layer in layers for t in layer[:4]]
     trained = any(t is not None and t.requires_grad for i in (0, 1) for t in tensors[i::4])
-    present = [t for t in tensors if t is not None]
     mixed = torch.is_autocast_enabled(x.device.type) or any(W.dtype != x.dtype for W, *_ in layers)
-    if trained or mixed or not dispatch.plain_tensors(x, *present):
-        return tuple(lora_linear(x, *layer) for layer in layers)
-    largest = max(A.shape[0] for _, _, A, _, _ in layers)
-    chosen = {implementation("lora_linear", x, W, A, B, rank=largest) for W, _, A, B, _ in layers}
-    if len(chosen) > 1:
-        return tuple(lora_linear(x, *layer) for layer in layers)
+    few = x.shape[:-1].numel() <= lean.FEW  # `lora_linear` has its own way for these
+    seen = not dispatch.plain_tensors(x, *(t for t in tensors if t is not None))
+    if not layers or trained or mixed or few or seen:
+        return apart()
+    against = [dispatch.against(x, W, A, B, rank=A.shape[0]) for W, _, A, B, _ in layers]
+    if len({reason is None for reason in against}) > 1:
+        return apart()
+    kernels = [implementation("lora_linear", x, W, A, B, rank=len(A)) for W, _, A, B, _ in layers]
     scales = [scale for *_, scale in layers]
-    return SharedLoRA.apply(chosen.pop(), scales, x, *tensors)  # type: ignore[no-any-return]
+    return SharedLoRA.apply(kernels[0], scales, x, *tensors)  # type: ignore[no-any-return]
 
 
 def dora_linear(
@@ -110,8 +115,8 @@ def dora_linear(
     Held: x, x A^T and, on torch, the output before g. On Triton the output itself is held in its
     place, so a write into it (`nn.ReLU(inplace=True)`) makes the backward raise.
     """
-    if dispatch.traced_to_kernels(x, A.shape[0]):
-        return opaque.dora_linear(*opaque.cast(x, W, bias), A, B, g, scale)[0]
+    if dispatch.traced_to_kernels(x, W, A, B, g, rank=A.shape[0]):
+        return opaque.dora_linear(dispatch.autocast(x), W, bias, A, B, g, scale)[0]
     return run("dora_linear", DoRAForm(scale), x, W, bias, A, B, g, rank=A.shape[0])
 
 
@@ -123,14 +128,14 @@ def quanta_linear(
     form = QuanTAForm(len(gates), minus_eye)
     if any(gate.requires_grad for gate in frozen):  # a backward by hand takes them as constants
         return form.plain(x, W, bias, *gates, *frozen)
-    if dispatch.traced_to_kernels(x):
-        return opaque.quanta_linear(*opaque.cast(x, W, bias), gates, frozen, minus_eye)
+    if dispatch.traced_to_kernels(x, W, *gates, *frozen):
+        return opaque.quanta_linear(dispatch.autocast(x), W, bias, gates, frozen, minus_eye)
     return run("quanta_linear", form, x, W, bias, *gates, *frozen)
 
 
 def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """||W + scale B A||_row (out,), without a gradient."""
-    if dispatch.traced_to_kernels(W, A.shape[0]):
+    if dispatch.traced_to_kernels(W, W, A, B, rank=A.shape[0]):
         with torch.no_grad():
             return opaque.dora_norm(W, A, B, scale)
     if not dispatch.plain_tensors(W, A, B):
@@ -154,8 +159,7 @@ def head_logprobs(
         if not hidden.is_meta:
             dispatch.settle("head_logprobs", hidden, W, dispatch.OBSERVED)
         return head.plain(hidden, W, bias, ids, temperature)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # W and bias follow
+    hidden = dispatch.autocast(hidden)  # on torch W and bias follow
     kernels = implementation("head_logprobs", hidden, W, ids, any_strides=True)
     return head.head_logprobs(kernels, hidden, W, bias, ids, temperature)
 
@@ -185,10 +189,15 @@ class Explanation:
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Which backend runs an op with these arguments, and why; the op is run once, without grad.
+    """Which backend runs an op with these arguments, and why.
 
-    op: the name of one ("lora_linear", "dora_linear", "quanta_linear", "dora_norm",
-    "head_logprobs"), or anything callable that calls them, an adapted layer or model first of all:
+    The op is run once, without grad, as any call is: dropout draws, batch norms count it. Layers
+    that have no kernel (embeddings, convolutions, quantised and merged ones) have no line; DoRA's
+    norm has one where it is not kept from an earlier call.
+
+    op: the name of one ("lora_linear", "lora_shared_linear", "dora_linear", "quanta_linear",
+    "dora_norm", "head_logprobs"), or anything callable that calls them, an adapted layer or
+    model first of all:
 
         print(sa.explain(model, input_ids))
 
@@ -204,6 +213,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
 OPS: dict[str, Callable[..., Any]] = {
     "lora_linear": lora_linear,
+    "lora_shared_linear": lora_shared_linear,
     "dora_linear": dora_linear,
     "quanta_linear": quanta_linear,
     "dora_norm": dora_norm,

@@ -1,5 +1,6 @@
 """Layers that read the same input, as q, k, v of an attention or gate and up of an MLP do."""
 
+import torch
 from torch import Tensor, nn
 
 from structadapt import ops
@@ -16,7 +17,8 @@ def shared_input(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
 
     Linear layers with LoRA share the product with A, and in the backward the one for dA and the
     sum of dx. Any other layer (without an adapter, with another one, merged, disabled, with hooks)
-    makes it what it says: each of them called with x.
+    makes it what it says: each of them called with x. So do autocast, torch.compile and a few
+    rows. Where the pass is shared a second derivative raises RuntimeError.
     """
     if not all(map(_can_share, layers)):
         return tuple(layer(x) for layer in layers)
@@ -38,6 +40,7 @@ def _can_share(layer: nn.Module) -> bool:
         and not layer.pending
         and "forward" not in vars(layer)
         and not any(getattr(layer, hooks) for hooks in HOOKS)
+        and not any(getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in HOOKS)
     )
 
 

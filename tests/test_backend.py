@@ -53,7 +53,8 @@ def outcome(op, arguments, compiled=False):
     """The output and every gradient."""
     function = getattr(ops, op)
     if compiled:
-        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+        backend = compiled if isinstance(compiled, str) else "aot_eager"
+        function = torch.compile(function, fullgraph=True, backend=backend)
     y = function(*arguments)
     flat = [t for a in arguments for t in (a if isinstance(a, list) else [a])]
     leaves = [t for t in flat if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -76,14 +77,33 @@ def test_the_switch_and_its_default():
         with sa.backend("triton"):
             assert dispatch.current() == "triton"
         assert dispatch.current() == "torch"
-    with pytest.raises(ValueError, match="unknown backend 'cuda': expected one of auto"):
+    with pytest.raises(
+        ValueError, match="unknown backend 'cuda' from sa.backend: expected one of auto"
+    ):
         sa.backend("cuda").__enter__()
     with pytest.raises(RuntimeError, match="here"), sa.backend("triton"):
         raise RuntimeError("here")
     assert dispatch.current() == "auto"
 
 
-@pytest.mark.parametrize(("value", "expected"), [("torch", "torch"), ("gpu", "unknown backend")])
+def test_blocks_that_overlap_leave_the_default_behind():
+    first, second = sa.backend("triton"), sa.backend("torch")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.current() == "torch"
+    second.__exit__(None, None, None)
+    assert dispatch.current() == "auto"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("torch", "torch"),
+        ("", "auto"),
+        ("gpu", "unknown backend 'gpu' from STRUCTADAPT_BACKEND: expected one of auto"),
+    ],
+)
 def test_the_environment_sets_the_default(value, expected):
     code = "from structadapt import dispatch; print(dispatch.current())"
     run = subprocess.run(
@@ -189,21 +209,53 @@ def test_what_a_device_takes(monkeypatch, x, W, arch, reason):
     assert found is None if reason is None else reason in found
 
 
+@pytest.mark.parametrize("kind", [sa.LoRA, sa.DoRA])
+def test_tensors_of_any_strides(kind, x, train_a_little):
+    """As factors of an SVD have them: column by column."""
+    model = sa.adapt(nn.Sequential(nn.Linear(48, 32)), kind(rank=3), target="0")
+    train_a_little(model, 0.1)
+    state = {k: v.detach() for k, v in model.state_dict().items()}
+    columns = {k: v.T.contiguous().T if v.dim() == 2 else v.repeat_interleave(2)[::2]
+               for k, v in state.items() if not k.endswith("weight")}  # fmt: skip
+    assert not all(v.is_contiguous() for v in columns.values())
+
+    def step():
+        y = model(x)
+        y.square().mean().backward()
+        grads = [y, *(p.grad for p in sa.adapter_parameters(model))]
+        model.zero_grad()
+        return grads
+
+    with sa.backend("triton"):
+        expected = step()
+        model.load_state_dict({**state, **columns}, assign=True)
+        found = step()
+    close(found, expected, 1e-5)
+
+
+def test_what_has_no_kernel_falls_back_under_triton(ids):
+    """An embedding and a float64 base: only their norm would be an op's."""
+    with sa.backend("triton"):
+        model = sa.adapt(nn.Sequential(nn.Embedding(11, 16)), sa.DoRA(rank=2), target="0")
+        model(ids)
+        sa.adapt(nn.Sequential(nn.Linear(16, 16)).double(), sa.DoRA(rank=2), target="0")
+
+
 def test_few_rows_are_left_to_torch(monkeypatch):
     Elsewhere(monkeypatch)
     W = on_cuda(torch.empty(32, 64, dtype=BF16))
     for rows, expected in ((8, "torch"), (127, "torch"), (128, "triton")):
         x = on_cuda(torch.empty(rows, 64, dtype=BF16))
-        assert dispatch.choose("lora_linear", x, W) == expected
+        assert (dispatch.against(x, W) is None) == (expected == "triton")
     with sa.backend("triton"):
-        assert dispatch.choose("lora_linear", on_cuda(torch.empty(1, 64, dtype=BF16)), W)
+        assert dispatch.against(on_cuda(torch.empty(1, 64, dtype=BF16)), W) is None
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     with sa.backend("triton"):
         found = sa.explain("lora_linear", *lora_tensors(), 1.0)
-    assert found.backend == "torch" and found.reason == "triton is not installed"
+    assert found.backend == "torch" and "triton 3.4 or newer is not installed" in found.reason
 
 
 # -- explain ---------------------------------------------------------------------------------------
@@ -320,11 +372,80 @@ def test_compiled_without_a_graph_break(op, asked):
     close(found, expected, 1e-6 if asked == "triton" else 2e-2)
 
 
+@pytest.mark.parametrize("asked", ["torch", "triton"])
 @pytest.mark.parametrize("op", OPS)
-def test_the_custom_ops_pass_torchs_own_check(op):
-    arguments = OPS[op](dtype=torch.float32)
-    with sa.backend("torch"):  # inside they choose like any op
-        torch.library.opcheck(getattr(opaque, op), arguments)
+def test_the_custom_ops_pass_torchs_own_check(op, asked):
+    """Fakes, strides, the backward ops through their gradients: x is transposed, the rank is 4."""
+    x, *rest = OPS[op](dtype=torch.float32)
+    x = x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    with sa.backend(asked):  # inside they choose like any op
+        torch.library.opcheck(getattr(opaque, op), (x, *rest))
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize("op", OPS)
+def test_inductor_finds_the_strides_it_was_promised(op):
+    """The rank is 4, so h has longer rows than columns; x and its gradient are transposed."""
+    torch._dynamo.reset()
+    x, *rest = OPS[op]()
+    x = x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    with sa.backend("triton"):
+        found = outcome(op, (x, *rest), compiled="inductor")
+        expected = outcome(op, (x, *rest))
+    close(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_any_number_of_rows_makes_two_graphs(op):
+    torch._dynamo.reset()
+    x, *rest = OPS[op](dtype=torch.float32)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(getattr(ops, op), fullgraph=True, backend=backend)
+    with sa.backend("triton"):
+        for rows in (3, 5, 6, 9, 12):
+            part = x.detach()[:, :1].expand(-1, rows, -1).contiguous().requires_grad_()
+            compiled(part, *rest).sum().backward()
+    assert len(graphs) <= 2
+
+
+def test_the_first_step_of_a_process_is_compiled_once():
+    code = (
+        "import torch, structadapt as sa\n"
+        "model = sa.adapt(torch.nn.Sequential(torch.nn.Linear(8, 8)), sa.DoRA(2), target='0')\n"
+        "step = torch.compile(model, backend='aot_eager', fullgraph=True)\n"
+        "with torch._dynamo.config.patch(error_on_recompile=True):\n"
+        "    for _ in range(3): step(torch.ones(3, 8)).sum().backward()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_exported_programs_hold_the_plain_formulas():
+    model = sa.adapt(nn.Sequential(nn.Linear(16, 16)), sa.LoRA(rank=2), target="0")
+    with sa.backend("triton"), torch.no_grad():
+        program = torch.export.export(model, (torch.ones(4, 16),))
+    assert "structadapt" not in str(program.graph)
+
+
+def test_sharded_weights_are_compiled_as_plain_formulas():
+    class Sharded(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise AssertionError("not run")
+
+    x = torch.ones(4, 16)
+    W = torch.Tensor._make_subclass(Sharded, torch.ones(16, 16))
+    with sa.backend("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert dispatch.traced_to_kernels(x, torch.ones(16, 16))
+        assert not dispatch.traced_to_kernels(x, W)
+        assert not dispatch.traced_to_kernels(x, torch.ones(16, 16, dtype=BF16))
+        assert not dispatch.traced_to_kernels(x, torch.ones(16, 16), rank=1000)
 
 
 def test_a_compiled_model_and_its_steps_under_triton(net, ids):

@@ -3,10 +3,12 @@
 import inspect
 import math
 import random
+import threading
 from itertools import islice
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -15,6 +17,7 @@ import structadapt as sa
 from structadapt import ops
 from structadapt.examples import tiny_lm
 from structadapt.grpo.loop import Config
+from structadapt.grpo.output_head import find_head
 from structadapt.grpo.rollout import Rollout, evaluating, generate, logprobs
 
 EOS = 3
@@ -447,7 +450,32 @@ class Float(Plus):
         return logits.float()
 
 
+class OtherWeight(Plus):
+    def forward(self, ids, mask, position_ids):
+        weight = {"weight": self.lm_head.weight * 0.5}
+        return torch.func.functional_call(self.lm_head, weight, self.body(ids, mask, position_ids))
+
+
+class WithoutGrad(Plus):
+    def forward(self, ids, mask, position_ids):
+        x = self.body(ids, mask, position_ids)
+        with torch.no_grad():
+            return self.lm_head(x)
+
+
+class Auxiliary(Plus):
+    def after(self, logits):
+        self.z_loss = logits.logsumexp(-1).square().mean()
+        return logits
+
+
 OTHERWISE = {
+    "another weight": OtherWeight,
+    "without grad": WithoutGrad,
+    "a cap that zeros never meet": variant(
+        "CappedIfLarge", lambda self, z: 0.1 * z if z.abs().max() > 0.01 else z
+    ),
+    "a loss of its own": Auxiliary,
     "softcap": variant("Softcap", lambda self, z: 2 * torch.tanh(z / 2)),
     "scale": variant("Scale", lambda self, z: z * 0.3),
     "in place": variant("InPlace", in_place),
@@ -574,6 +602,59 @@ def test_logits_that_are_not_what_the_head_gave_are_made(name, calls):
         torch.testing.assert_close(logp[r.mask.bool()], expected, rtol=1e-4, atol=1e-5)
         assert calls() == (before[0], before[1] + n - 1)
         assert "forward" not in vars(model.lm_head)
+
+
+def test_the_second_try_drops_what_the_first_did():
+    """In train mode, a probe that fails must not move the random numbers on."""
+    torch.manual_seed(0)
+    model = variant("Dropped", lambda self, z: F.dropout(z, 0.5, self.training))().train()
+    body = model.body.forward
+    model.body.forward = lambda *args: F.dropout(body(*args), 0.5, model.training)
+    r = rollout(model)
+    found = []
+    for head in ("auto", "logits"):
+        torch.manual_seed(3)
+        found.append(logprobs(model, r, head=head)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_another_thread_gets_its_logits():
+    torch.manual_seed(0)
+    model = Plus()
+    r = rollout(model)
+    expected = logprobs(model, r, head="logits")[0]
+    body, other = model.body.forward, []
+
+    def slow(*args):
+        if threading.current_thread() is threading.main_thread():
+            hidden = body(*args)
+            thread = threading.Thread(
+                target=lambda: other.append(logprobs(model, r, head="logits")[0])
+            )
+            thread.start()
+            thread.join()
+            return hidden
+        return body(*args)
+
+    model.body.forward = slow
+    logp, _ = logprobs(model, r)
+    torch.testing.assert_close(other[0], expected)
+    torch.testing.assert_close(logp, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_running_out_of_memory_is_not_the_models_fault():
+    model = Plus()
+    r = rollout(model)
+    forward = model.body.forward
+
+    def full(*args):
+        raise torch.OutOfMemoryError("no memory")
+
+    model.body.forward = full
+    with pytest.raises(torch.OutOfMemoryError):
+        logprobs(model, r)
+    model.body.forward = forward
+    assert find_head(model) is not None and "forward" not in vars(model.lm_head)
 
 
 def test_hidden_states_that_are_overwritten_later_are_not_taken(calls):

@@ -108,6 +108,36 @@ def test_under_autocast_and_compile_and_in_a_second_derivative(x, train_a_little
         dx.sum().backward()
 
 
+def test_an_output_that_is_not_used_has_no_gradients(x, train_a_little):
+    model = layers(train=train_a_little)
+    _, k, _ = sa.shared_input(x, *model.values())
+    k.square().mean().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if n.endswith((".A", ".B"))}
+    assert [n for n, g in found.items() if g is not None] == ["k.A", "k.B"]
+    shared = [found[n].clone() for n in ("k.A", "k.B")]
+    model.zero_grad()
+    model["k"](x).square().mean().backward()
+    apart = [model["k"].A.grad, model["k"].B.grad]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(shared, apart, strict=True))
+
+
+def test_hooks_of_all_modules_and_no_layers(x, train_a_little):
+    model, calls = layers(train=train_a_little), []
+    handle = nn.modules.module.register_module_forward_hook(lambda *a: calls.append(a[0]))
+    try:
+        sa.shared_input(x, *model.values())
+    finally:
+        handle.remove()
+    assert len(calls) == 3
+    assert sa.shared_input(x) == ()
+
+
+def test_explain_lists_every_layer_once(x, train_a_little):
+    model = layers(train=train_a_little)
+    found = sa.explain(lambda: sa.shared_input(x, *model.values()))
+    assert len(found.choices) == 3
+
+
 def test_a_wrong_dtype_names_the_layer(x):
     with pytest.raises(TypeError, match=r"q: the input is torch\.float64"):
         sa.shared_input(x.double(), *layers().values())

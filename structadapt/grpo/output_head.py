@@ -6,6 +6,8 @@ or masked afterwards. The second is looked at in every call. The head hands out 
 logits, all zeros and without memory, and the model has to return that very tensor, unwritten.
 """
 
+import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +17,43 @@ import torch
 from torch import Tensor, nn
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+logger = logging.getLogger("structadapt")
 
 
 class NotPlainError(Exception):
     """The model does something else with its logits than return them."""
+
+
+class _StandIn(Tensor):
+    """Logits that nobody may look at: their numbers are not there."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in HARMLESS or getattr(func, "__self__", None) in ATTRIBUTES:
+                return func(*args, **(kwargs or {}))
+            same = func in CASTS and func(*args, **(kwargs or {}))
+        if same is not False and isinstance(args[0], cls) and same.dtype == args[0].dtype:
+            return args[0]  # a cast that changes nothing returns what it got
+        name = getattr(func, "__name__", func)
+        raise NotPlainError(f"the model works on its logits ({name})")
+
+
+CASTS = (Tensor.float, Tensor.to, Tensor.type_as)
+HARMLESS = (Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point)
+ATTRIBUTES = tuple(
+    getattr(Tensor, name)
+    for name in (
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "requires_grad",
+        "is_cuda",
+        "layout",
+        "_version",
+    )
+)
 
 
 @dataclass
@@ -36,36 +71,71 @@ class OutputHead:
         are not hidden W^T + bias and nothing else, or the model cannot work on a stand-in.
         """
         seen: list[tuple[Tensor, Tensor, int]] = []
+        before, owner = self._state(), threading.get_ident()
 
         def stand_in(input: Tensor) -> Tensor:
             weight, device = self.linear.weight, input.device.type
             cast = torch.is_autocast_enabled(device) and input.dtype != torch.float64
             fits = input.dim() == 3 and (cast or input.dtype == weight.dtype)
-            if torch.compiler.is_compiling() or not fits:
+            other = threading.get_ident() != owner  # whose logits are its own
+            if torch.compiler.is_compiling() or not fits or other:
                 return nn.Linear.forward(self.linear, input)
+            if self._state() != before:
+                raise NotPlainError("the head runs with another weight or without a gradient")
             x = input.to(torch.get_autocast_dtype(device)) if cast else input
             # At least fp32, whatever the dtype: a model that casts its logits up returns it as is.
             dtype = torch.promote_types(x.dtype, torch.float32)
             zeros = torch.zeros(*x.shape[:-1], 1, dtype=dtype, device=x.device)
-            logits = zeros.expand(-1, -1, len(weight))
+            logits = zeros.expand(-1, -1, len(weight)).as_subclass(_StandIn)
             seen.append((x, logits, x._version))
             return logits
 
-        self.linear.forward = stand_in  # type: ignore[method-assign]
         try:
+            self.linear.forward = stand_in  # type: ignore[method-assign]
             out = call()
             logits = logits_of(out)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:
             raise NotPlainError(f"{type(error).__name__}: {error}") from error
         finally:
-            del self.linear.forward
+            vars(self.linear).pop("forward", None)
         if len(seen) != 1:
             raise NotPlainError(f"the head was called {len(seen)} times")
         x, given, version = seen[0]
         # A reentrant checkpoint around the head would return it with a gradient of its own.
         if logits is not given or given._version or given.requires_grad or x._version != version:
             raise NotPlainError("the logits are not what the head returned")
+        if self._state() != before:
+            raise NotPlainError("the head's weight was written to")
         return out, x
+
+    def _state(self) -> tuple[Any, ...]:
+        """What the head multiplies by, as far as one can tell without looking at the numbers."""
+        tensors = (self.linear.weight, self.linear.bias)
+        places = ((id(t), t._version, t.data_ptr()) for t in tensors if t is not None)
+        return torch.is_grad_enabled(), *places
+
+
+def draws(model: nn.Module, device: torch.device) -> Callable[[], None]:
+    """A function that puts the random numbers back, for a second try that drops the same."""
+    if not model.training:
+        return lambda: None
+    state = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def again() -> None:
+        torch.set_rng_state(state)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+
+    return again
+
+
+def refuse(model: nn.Module, reason: NotPlainError) -> None:
+    """Do not try again, and say so once."""
+    refused.add(model)
+    logger.info("%s: the update makes all logits, since %s", type(model).__name__, reason)
 
 
 # Models that were found to do something else with their logits: not tried again.
@@ -75,9 +145,14 @@ refused: WeakSet[nn.Module] = WeakSet()
 def find_head(model: nn.Module) -> OutputHead | None:
     """The model's head, if it is one that can be left out as far as one can see."""
     get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else getattr(model, "lm_head", None)
-    if type(head) is not nn.Linear or model in refused or "forward" in vars(head):
+    try:
+        head = get() if callable(get) else getattr(model, "lm_head", None)
+        unfit = type(head) is not nn.Linear or model in refused or "forward" in vars(head)
+    except (NotImplementedError, AttributeError, TypeError):  # no head, or no hash
         return None
+    if unfit:
+        return None
+    assert isinstance(head, nn.Linear)
     if torch.is_inference_mode_enabled():  # its tensors do not count writes
         return None
     # Sharded and quantised weights have types of their own; a bias follows its weight.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from structadapt import ops
-from structadapt.grpo.output_head import NotPlainError, OutputHead, find_head, refused
+from structadapt.grpo.output_head import NotPlainError, OutputHead, draws, find_head, refuse
 
 Head = Literal["auto", "logits"]
 HEADS = get_args(Head)
@@ -122,20 +122,23 @@ def logprobs(
     "logits" always makes them.
     """
     plain = find_head(model) if head == "auto" and _innermost(model) is model else None
+    reason = None
     if plain is not None:
         linear = plain.linear
+        again = draws(model, linear.weight.device)
         try:
             hidden = _over_completions(model, rollout, share_prompts, plain)
-        except NotPlainError:
-            pass
+        except NotPlainError as error:
+            reason = error
+            again()
         else:
             with ops.no_autocast(hidden.device):  # hidden has the dtype of the autocast it ran in
                 return ops.head_logprobs(
                     hidden, linear.weight, linear.bias, rollout.completion, temperature
                 )
     logits = _over_completions(model, rollout, share_prompts)
-    if plain is not None:  # and it was not the model itself that failed
-        refused.add(model)
+    if reason is not None:  # and it was not the model itself that failed
+        refuse(model, reason)
     return ops.token_logprobs(logits, rollout.completion, temperature)
 
 
