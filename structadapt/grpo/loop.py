@@ -39,7 +39,7 @@ class Config:
     clip_low: float = 0.2
     clip_high: float = 0.2
     share_prompts: bool = False  # run a prompt once for its group; needs a differentiable cache
-    head: Head = "auto"  # update without the logits where the model allows; "logits": with them
+    head: Head = "auto"  # update without logits if the head is plain and unwrapped; or "logits"
     max_grad_norm: float = 1.0  # math.inf: no clipping
     seed: int = 0  # of the sampling noise
 
