@@ -6,6 +6,8 @@ of g is the sum of dY (y - bias) / g. Where |g| is so small that y has lost the 
 multiplied, those columns are worked out again. The magnitude is applied in fp32 in the epilogue.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -29,36 +31,75 @@ from structadapt.kernels.lora import (
     product,
     readable,
     scaled,
+    sum_parts,
 )
 
 # -- kernels ---------------------------------------------------------------------------------------
 
 
 @triton.jit
+def digits_kernel(
+    t, out, size, rows, columns, wide, scale, DIGITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[d, r, c] in bf16 with sum_d out[d] = scale t but for 2^-8 of the last one; 0 outside t.
+
+    `wide` columns and `size` numbers of each out[d].
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    r, c = i // wide, i % wide
+    rest = tl.load(t + r * columns + c, mask=(r < rows) & (c < columns), other=0.0) * scale
+    for d in tl.static_range(DIGITS):  # pyright: ignore
+        digit = rest.to(tl.bfloat16)
+        tl.store(out + d * size.to(tl.int64) + i, digit, mask=i < size)
+        rest -= digit.to(tl.float32)
+
+
+@triton.jit
+def _plus_low(v, pa, pb, inside, columns, sad, sbd, DIGITS: tl.constexpr):
+    """v + b a, from the digits of both, without products below the last digit."""
+    p0, p1 = tl.load(pb, mask=inside, other=0.0), tl.load(pb + sbd, mask=inside, other=0.0)
+    q0, q1 = tl.load(pa, mask=columns, other=0.0), tl.load(pa + sad, mask=columns, other=0.0)
+    v = tl.dot(p0, q0, v)
+    v = tl.dot(p0, q1, v)
+    v = tl.dot(p1, q0, v)
+    if DIGITS == 3:
+        v = tl.dot(p1, q1, v)
+        v = tl.dot(p0, tl.load(pa + 2 * sad, mask=columns, other=0.0), v)
+        v = tl.dot(tl.load(pb + 2 * sbd, mask=inside, other=0.0), q0, v)
+    return v
+
+
+@triton.jit
 def dora_norm_kernel(
-    w, a, b, out, N, K, R, scale, swn, sak, sbn,
-    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, LOW: tl.constexpr,
+    w, a, b, out, N, K, R, span, swn, sad, sbd, DIGITS: tl.constexpr, ONE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = ||w[n] + scale b[n] a||, tile by tile in fp32: no V in memory, no cancellation."""
+    """out[part, n] = sum over the part's k of (w + b a)[n, k]^2: no V in memory, no cancellation.
+
+    a (DIGITS, R, K) and b (DIGITS, N, R), R a multiple of BR. ONE: R is BR.
+    """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
+    part = tl.program_id(1)
+    first = part * span
+    last = tl.minimum(first + span, K)
     k, r = tl.arange(0, BK), tl.arange(0, BR)
     rows = (n < N)[:, None]
     pw = w + n.to(tl.int64)[:, None] * swn + k[None, :]
-    pb = b + n.to(tl.int64)[:, None] * sbn + r[None, :]
+    pb = b + n.to(tl.int64)[:, None] * R + r[None, :]
+    pa = a + r.to(tl.int64)[:, None] * K + k[None, :]
     square = tl.zeros((BN, BK), tl.float32)
-    for k0 in range(0, K, BK):
-        columns = (k < K - k0)[None, :]
-        low = tl.zeros((BN, BK), tl.float32)
-        for r0 in range(0, R, BR):
-            inside = r < R - r0
-            p = tl.load(pb + r0, mask=rows & inside[None, :], other=0.0)
-            pa = a + (r0 + r).to(tl.int64)[:, None] * sak + k0 + k[None, :]
-            q = tl.load(pa, mask=inside[:, None] & columns, other=0.0)
-            low = tl.dot(p, q, low, input_precision=LOW)
-        v = tl.load(pw, mask=rows & columns, other=0.0).to(tl.float32) + scale * low
+    for k0 in range(first, last, BK):
+        columns = (k < last - k0)[None, :]
+        v = tl.load(pw + k0, mask=rows & columns, other=0.0).to(tl.float32)
+        if ONE:
+            v = _plus_low(v, pa + k0, pb, rows, columns, sad, sbd, DIGITS)
+        else:
+            pr = pa + k0
+            for r0 in range(0, R, BR):
+                v = _plus_low(v, pr, pb + r0, rows, columns, sad, sbd, DIGITS)
+                pr += BR * K
         square += v * v
-        pw += BK
-    tl.store(out + n, tl.sqrt(tl.sum(square, 1)), mask=n < N)
+    tl.store(out + part.to(tl.int64) * N + n, tl.sum(square, 1), mask=n < N)
 
 
 @triton.jit
@@ -128,21 +169,40 @@ def dora_small_gain_kernel(
 
 # -- launches --------------------------------------------------------------------------------------
 
-# Of A and B in fp32: three tf32 products have the digits of one in fp32, on the tensor cores.
-LOW_PRECISION = "tf32x3"
+# bf16 numbers that A and B are written as, for the tensor cores: two have 16 bits, more than a sum
+# with W in bf16 can show; three have all of fp32.
+DIGITS = {torch.bfloat16: 2}
 
 
 def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float, tile: Tile | None = None) -> Tensor:
     """||W + scale B A||_row (out,) in fp32, without a gradient."""
     (N, K), R = W.shape, A.shape[0]
-    blocks, launch = _launch.split(tile or _launch.tile("dora_norm", W.device, rank=R, N=N, K=K))
+    tile = tile or _launch.tile("dora_norm", W.device, rank=R, N=N, K=K)
+    blocks, launch = _launch.split(tile)
     blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
-    A, B = A.float().contiguous(), B.float().contiguous()
-    out = torch.empty(N, dtype=torch.float32, device=W.device)
+    RO, n = cdiv(R, blocks["BR"]) * blocks["BR"], DIGITS.get(W.dtype, 3)
+    a, b = digits(A, n, (RO, K), 1.0), digits(B, n, (N, RO), scale)
+    grid = cdiv(N, blocks["BN"])
+    parts = _launch.splits(K, 2 * blocks["BK"], grid, W.device, tile.get("waves", 2))
+    span = cdiv(cdiv(K, parts), blocks["BK"]) * blocks["BK"]
+    parts = cdiv(K, span)
+    squares = torch.empty(parts, N, dtype=torch.float32, device=W.device)
     _launch.run(
-        dora_norm_kernel, (cdiv(N, blocks["BN"]),),
-        W, A, B, out, N, K, R, scale, W.stride(0), A.stride(0), B.stride(0),
-        LOW=LOW_PRECISION, **blocks, **launch,
+        dora_norm_kernel, (grid, parts),
+        W, a, b, squares, N, K, RO, span, W.stride(0), RO * K, N * RO,
+        DIGITS=n, ONE=blocks["BR"] == RO, **blocks, **launch,
+    )  # fmt: skip
+    return sum_parts(squares, squares.new_empty(N), root=True)
+
+
+def digits(t: Tensor, n: int, shape: tuple[int, int], scale: float) -> Tensor:
+    """(n, *shape) in bf16 that add up to scale t, zeros beside t."""
+    t = t.float().contiguous()
+    out = torch.empty(n, *shape, dtype=torch.bfloat16, device=t.device)
+    size, block = math.prod(shape), 1024
+    _launch.run(
+        digits_kernel, (cdiv(size, block),), t, out, size, *t.shape, shape[1], scale,
+        DIGITS=n, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -183,7 +183,7 @@ def dy_pass_kernel(
     if HAS_G:
         gain = tl.load(g + n, mask=columns, other=1.0).to(tl.float32)
     if HAS_DG:
-        moved = tl.zeros((BN,), tl.float32)
+        moved = tl.zeros((BM, BN), tl.float32)  # summed at the end: across warps it is slow
         inverse = tl.where(tl.abs(gain) >= SMALL, 1.0 / tl.where(gain == 0, 1.0, gain), 0.0)
         if HAS_BIAS:
             shift = tl.load(bias + n, mask=columns, other=0.0).to(tl.float32)
@@ -192,6 +192,8 @@ def dy_pass_kernel(
         rows = m < last
         inside = rows[:, None] & columns[None, :]
         long = m.to(tl.int64)[:, None]
+        if HAS_DG:  # before the products, which hide its way
+            out = tl.load(y + long * sym + n[None, :], mask=inside, other=0.0).to(tl.float32)
         d = tl.load(dy + long * sdm + n[None, :], mask=inside, other=0.0)
         part_s = tl.dot(d, low, input_precision=PRECISION)
         ps = ds + stripe.to(tl.int64) * sdsp + long * RO + r[None, :]
@@ -203,15 +205,14 @@ def dy_pass_kernel(
             pg = gdy + long * sgm + n[None, :]
             tl.store(pg, (wide * gain[None, :]).to(gdy.dtype.element_ty), mask=inside)
             if HAS_DG:
-                out = tl.load(y + long * sym + n[None, :], mask=inside, other=0.0).to(tl.float32)
                 if HAS_BIAS:
                     out -= shift[None, :]
                 out = tl.where(inside & (tl.abs(gain) >= SMALL)[None, :], out, 0.0)
-                moved += tl.sum(wide * out, 0)
+                moved += wide * out
     pdb = db + part.to(tl.int64) * sdbp + n.to(tl.int64)[:, None] * R + r[None, :]
     tl.store(pdb, acc, mask=columns[:, None] & (r < R)[None, :])
     if HAS_DG:
-        tl.store(dg + part.to(tl.int64) * N + n, moved * inverse, mask=columns)
+        tl.store(dg + part.to(tl.int64) * N + n, tl.sum(moved, 0) * inverse, mask=columns)
 
 
 @triton.jit
@@ -244,9 +245,13 @@ def over_rows_kernel(
 
 @triton.jit
 def sum_parts_kernel(
-    parts, scale, out, P, n, factor, per, BLOCK: tl.constexpr, SCALED: tl.constexpr
-):
-    """out[i] = factor (times scale[i // per]) times the sum of parts[p, i], in the order of p."""
+    parts, scale, out, P, n, factor, per,
+    BLOCK: tl.constexpr, SCALED: tl.constexpr, ROOT: tl.constexpr,
+):  # fmt: skip
+    """out[i] = factor (times scale[i // per]) times the sum of parts[p, i], in the order of p.
+
+    ROOT: the root of the sum.
+    """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     total = tl.zeros((BLOCK,), tl.float32)
@@ -254,6 +259,8 @@ def sum_parts_kernel(
     for _ in range(P):
         total += tl.load(at, mask=inside, other=0.0)
         at += n
+    if ROOT:
+        total = tl.sqrt(total)
     total *= factor
     if SCALED:
         total *= tl.load(scale + i // per, mask=inside, other=0.0).to(tl.float32)
@@ -262,35 +269,45 @@ def sum_parts_kernel(
 
 # -- launches --------------------------------------------------------------------------------------
 
+FP32_OUT = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm(..., out_dtype=): from torch 2.8 on
 PRECISION = "ieee"  # of fp32 operands; bf16 and fp16 multiply exactly whatever it is
 SPLIT_RANK = 64  # the largest rank that the one pass over dY keeps in registers
 
 
 def sum_parts(
-    parts: Tensor, out: Tensor, factor: float = 1.0, scale: Tensor | None = None
-) -> Tensor:
-    """out = factor * scale[row] * parts.sum(0), parts (P, *out.shape) contiguous fp32."""
+    parts: Tensor, out: Tensor, factor: float = 1.0, scale: Tensor | None = None,
+    root: bool = False,
+) -> Tensor:  # fmt: skip
+    """out = factor * scale[row] * parts.sum(0), or its root; parts (P, *out.shape), fp32."""
     n, block = out.numel(), 1024
     if n:
         per = n // out.shape[0]
         _launch.run(
             sum_parts_kernel, (cdiv(n, block),),
             parts, out if scale is None else scale, out, parts.shape[0], n, factor, per,
-            BLOCK=block, SCALED=scale is not None, num_warps=4,
+            BLOCK=block, SCALED=scale is not None, ROOT=root, num_warps=4,
         )  # fmt: skip
     return out
+
+
+def by_cublas(tile: Tile, x: Tensor) -> bool:
+    """Whether the table leaves a product of 16-bit numbers to cuBLAS, whose sum is in fp32 too."""
+    return tile.get("by") == "cublas" and x.is_cuda and x.element_size() == 2 and FP32_OUT
 
 
 def narrow(x: Tensor, w: Tensor, tile: Tile | None = None) -> Tensor:
     """x (M, K) @ w (K, R) in the dtype of x, for a w of few columns (any strides)."""
     (M, K), R = x.shape, w.shape[1]
     sizes = {"rank": R, "M": M, "K": K}
-    blocks, launch = _launch.split(tile or _launch.tile("narrow", x.device, **sizes))
-    blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
+    tile = tile or _launch.tile("narrow", x.device, **sizes)
     RO = cdiv(R, 8) * 8  # rows of 16 bytes, which descriptors and wide loads ask for
     out = x.new_empty(M, RO)
     if not M or not K:
         return out.zero_()[:, :R]
+    if by_cublas(tile, x):
+        return torch.mm(x, w, out=out[:, :R])
+    blocks, launch = _launch.split(tile)
+    blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
     grid_m, grid_r = cdiv(M, blocks["BM"]), cdiv(R, blocks["BR"])
     parts, span = _parts(K, 2 * blocks["BK"], grid_m * grid_r, x.device)
     target = out if parts == 1 else x.new_empty(parts, M, RO, dtype=torch.float32)
@@ -351,16 +368,24 @@ def over_rows(
     z: Tensor, h: Tensor, out: Tensor, *, transposed: bool, factor: float = 1.0,
     scale: Tensor | None = None, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
-    """out (C, R) = factor * scale[row] * z^T h for z (M, C) and h (M, R); `transposed`: (R, C).
+    """factor * scale[row] * z^T h (C, R) for z (M, C) and h (M, R); `transposed`: (R, C).
 
-    A sum over the tokens: split over them, then added in order.
+    A sum over the tokens: split over them, then added in order. Mostly in `out`.
     """
     (M, C), R = z.shape, h.shape[1]
     tile = tile or _launch.tile("over_rows", z.device, rank=R, M=M, K=C)
-    blocks, launch = _launch.split(tile)
-    blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
     if not M:
         return out.zero_()
+    if by_cublas(tile, z):
+        pair = (h.T, z) if transposed else (z.T, h)
+        found = torch.mm(*pair, out_dtype=torch.float32)
+        if factor != 1.0:
+            found.mul_(factor)
+        if scale is not None:
+            found.mul_(scale[:, None])
+        return found if out.dtype == found.dtype else out.copy_(found)
+    blocks, launch = _launch.split(tile)
+    blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
     grid = cdiv(C, blocks["BC"]), cdiv(R, blocks["BR"])
     parts, span = _parts(M, blocks["BM"], grid[0] * grid[1], z.device)
     target = z.new_empty(parts, *out.shape, dtype=torch.float32)
@@ -393,7 +418,8 @@ def dy_pass(
     """dS, dB and with g also g dY, and with y the gradient of g; b (N, R), h (M, R), R <= 64."""
     (M, N), R = dY.shape, b.shape[1]
     sizes = {"rank": R, "M": M, "N": N, "gain": 1 if g is None else 2}
-    blocks, launch = _launch.split(tile or _launch.tile("dy_pass", dY.device, **sizes))
+    tile = tile or _launch.tile("dy_pass", dY.device, **sizes)
+    blocks, launch = _launch.split(tile)
     BR, RO = power_of_2(R, 16), cdiv(R, 8) * 8
     fp32 = {"dtype": torch.float32, "device": dY.device}
     gdY = None if g is None else torch.empty_like(dY)
@@ -402,7 +428,7 @@ def dy_pass(
         dg = None if y is None else torch.zeros(N, **fp32)
         return FromDY(dS[:, :R], dB.zero_(), gdY, dg)
     stripes = cdiv(N, blocks["BN"])
-    parts, span = _parts(M, blocks["BM"], stripes, dY.device)
+    parts, span = _parts(M, blocks["BM"], stripes, dY.device, tile.get("waves", 2))
     part_s = torch.empty(stripes, M, RO, **fp32)
     part_b = torch.empty(parts, N, R, **fp32)
     part_g = None if y is None else torch.empty(parts, N, **fp32)
@@ -421,9 +447,11 @@ def dy_pass(
     return FromDY(dS[:, :R], dB, gdY, dg)
 
 
-def _parts(rows: int, block: int, others: int, device: torch.device) -> tuple[int, int]:
+def _parts(
+    rows: int, block: int, others: int, device: torch.device, waves: int = 2
+) -> tuple[int, int]:
     """(how many parts, rows of each) for a sum over `rows`."""
-    span = cdiv(cdiv(rows, _launch.splits(rows, 2 * block, others, device)), block) * block
+    span = cdiv(cdiv(rows, _launch.splits(rows, 2 * block, others, device, waves)), block) * block
     return cdiv(rows, span), span
 
 
@@ -525,8 +553,10 @@ def lora_shared_backward(
 def low_gradients(
     dY: Tensor, b: Tensor, h: Tensor, factor: float, need_s: bool, need_b: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dY b (M, R) and factor dY^T h (N, R): in one reading of dY where the rank allows."""
-    if need_s and need_b and b.shape[1] <= SPLIT_RANK:
+    """dY b (M, R) and factor dY^T h (N, R): in one reading of dY where that is faster."""
+    (M, N), R = dY.shape, b.shape[1]
+    one = _launch.tile("dy_pass", dY.device, rank=R, M=M, N=N, gain=1)
+    if need_s and need_b and R <= SPLIT_RANK and not by_cublas(one, dY):
         found = dy_pass(dY, b, h, factor)
         return found.dS, found.dB
     dS = narrow(dY, b) if need_s else None

@@ -133,21 +133,27 @@ def test_the_norm(N, K, rank, dtype, size):
     W, A, B = normal(N, K, scale=0.02, dtype=dtype), normal(rank, K, seed=1), normal(N, rank)
     B *= size * 0.02
     norm = dora.dora_norm(W, A, B, 2.0)
-    ref = (W.double() + 2 * B.double() @ A.double()).norm(dim=1)
-    assert ((norm.double() - ref) / ref).abs().max() <= 2e-6
+    low = 2 * B.double() @ A.double()
+    ref = (W.double() + low).norm(dim=1)
+    digits = 2**-17 if dtype == BF16 else 2**-24  # of A and B, in the low-rank term alone
+    bound = 5e-7 * K**0.5 + digits * low.norm(dim=1) / ref
+    assert ((norm.double() - ref).abs() / ref <= bound).all()
     lean_norm = lean.dora_norm(W, A, B, 2.0)
-    assert ((norm - lean_norm) / lean_norm).abs().max() <= 2e-6
+    assert ((norm - lean_norm).abs() / lean_norm <= bound).all()
 
 
-def test_the_norm_where_the_terms_cancel_and_of_a_zero_row():
-    W, A, B = normal(24, 64), normal(2, 64, seed=1), normal(24, 2, seed=2)
-    W.copy_(-2 * B @ A + 1e-4 * normal(24, 64, seed=3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_norm_where_the_terms_cancel_and_of_a_zero_row(dtype):
+    A, B = normal(2, 64, seed=1), normal(24, 2, seed=2)
+    noise = 1e-4 * normal(24, 64, seed=3) if dtype == torch.float32 else 0  # else of its rounding
+    W = (noise - 2 * B @ A).to(dtype)
     W[5], B[5] = 0, 0
     norm = dora.dora_norm(W, A, B, 2.0)
     ref = (W.double() + 2 * B.double() @ A.double()).norm(dim=1)
     assert norm[5] == 0
     ref[5] = 1
-    assert ((norm.double() - ref) / ref).abs()[torch.arange(24) != 5].max() <= 1e-3
+    bound = 1e-3 if dtype == torch.float32 else 2**-9  # what is left is what W was rounded by
+    assert ((norm.double() - ref) / ref).abs()[torch.arange(24) != 5].max() <= bound
 
 
 @pytest.mark.parametrize("orientation", ["y", "dx"])

@@ -66,7 +66,7 @@ def check_lora(m):
 def check_dora(m):
     W, A, B, g = normal(50, 70, dtype=BF16), normal(20, 70), normal(50, 20), 1 + normal(50).abs()
     norm = (W.double() + 2 * B.double() @ A.double()).norm(dim=1)
-    check(m.dora_norm(W, A, B, 2.0), norm, 2e-6)
+    check(m.dora_norm(W, A, B, 2.0), norm, 5e-6)  # A and B in 16 bits
     h, b, bias = normal(70, 20, dtype=BF16), B.to(BF16), normal(50, dtype=BF16)
     base = normal(70, 50, dtype=BF16)
     exact = g.double() * (base.double() + h.double() @ b.double().T) + bias.double()
@@ -198,14 +198,17 @@ PLANTED = {  # what: (file, right, wrong)
         "for r0 in tl.range(0, R, BR, num_stages=1):",
         "for r0 in tl.range(0, BR, BR):",
     ),
-    "a norm without its scale": ("dora.py", "+ scale * low", "+ low"),
+    "a norm without its scale": (
+        "dora.py",
+        "digits(B, n, (N, RO), scale)",
+        "digits(B, n, (N, RO), 1)",
+    ),
     "a norm of the first rank block": (
         "dora.py",
-        "for r0 in range(0, R, BR):\n            inside = r < R - r0\n            p = tl.load("
-        "pb + r0, mask=rows",
-        "for r0 in range(0, BR, BR):\n            inside = r < R - r0\n"
-        "            p = tl.load(pb + r0, mask=rows",
+        "for r0 in range(0, R, BR):\n                v =",
+        "for r0 in range(0, BR, BR):\n                v =",
     ),
+    "digits that are not taken off": ("dora.py", "rest -= digit", "rest -= 0 * digit"),
     "a gain after the bias": (
         "dora.py",
         "    acc *= tl.load(g + n, mask=n < N, other=0.0).to(tl.float32)[None, :]\n"
