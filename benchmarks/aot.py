@@ -192,6 +192,7 @@ def low_rank_cases(arch: int) -> dict[str, Any]:
             add("dy_pass", " g y bias", lambda t, f=gained: f(tile=t), gain=2)
     A, B, h = bf16(16, K), bf16(N, 16), bf16(M, 16)
     found["dora_small_gain"] = lambda: dora.dora_small_gain(dY, x, h, W, B, g, torch.empty(N))
+    found["digits"] = lambda: lora.digits(torch.empty(16, K), 2, (16, K), 1.0)
     found["sum_parts"] = lambda: lora.sum_parts(torch.empty(4, N, 16), torch.empty(N, 16), 1.5, g)
     return found
 
@@ -228,27 +229,15 @@ def quanta_cases(arch: int) -> dict[str, Any]:
         for i, tile in enumerate(tiles):
             found[f"{kernel} {label} #{i}"] = partial(call, tile=tile)
 
-    def gate_case(label: str, steps: list[quanta.Gate], k: int, plus: bool) -> None:
-        step, first = steps[k], steps[0].before
-        total = bf16(M, math.prod(step.before))
-        part = quanta.Part(bf16(M, math.prod(first)), first, total)
-        out = bf16(M, math.prod(step.after))
-        if not plus:
-            part = quanta.Part(total, step.before)
-        wanted = {**step.tiles_for, "sources": 1 + plus}
-        add("gate", label, wanted, partial(quanta.gate, part, step, out))
-
-    def grad_case(label: str, steps: list[quanta.Gate], k: int, plus: bool) -> None:
-        back = quanta.transposed(steps)
-        step, first, last = steps[k], steps[0].before, steps[-1].after
-        r, t = bf16(M, math.prod(step.after)), bf16(M, math.prod(step.before))
-        after, before = quanta.Part(r, step.after), quanta.Part(t, step.before)
-        if plus:
-            after = quanta.Part(bf16(M, math.prod(last)), last, r)
-            before = quanta.Part(bf16(M, math.prod(first)), first, t)
-        wanted = {**step.tiles_for, "sources": 1 + plus}
-        call = partial(quanta.gate_grad, after, before, step, back[-1 - k])
-        add("gate_grad", label, wanted, call)
+    def gate_case(label: str, steps: list[quanta.Gate], k: int, total: bool) -> None:
+        step = steps[k]
+        K, width = step.matrix.shape[1], math.prod(step.after)
+        t = bf16(M * math.prod(step.before) // K, K)
+        out, d_out = bf16(M, width), bf16(M, width) if total else None
+        then = steps[k + 1].pair if k + 1 < len(steps) else None
+        wanted = {**step.tiles_for, "sources": 1 + total}
+        call = partial(quanta.gate, t, step, t if total else None, out, d_out, True, then)
+        add("gate", label, wanted, call)
 
     chains = {
         "16^3": chain((16,) * 3, (16,) * 3),
@@ -259,18 +248,18 @@ def quanta_cases(arch: int) -> dict[str, Any]:
         steps = chains[name]
         for k in ks:
             pair = "{}{}".format(*steps[k].pair)
-            for plus in (False, True):
-                label = f"{name} {pair}" + " + x" * plus
-                gate_case(label, steps, k, plus)
-                gate_case(f"{label} T", quanta.transposed(steps), len(steps) - 1 - k, plus)
-                grad_case(label, steps, k, plus)
+            for total in (False, True):
+                label = f"{name} {pair}" + " + d" * total
+                gate_case(label, steps, k, total)
+                gate_case(f"{label} T", quanta.transposed(steps), len(steps) - 1 - k, total)
+    found["turn 16^3 01"] = partial(quanta.turn, bf16(M, 4096), (16,) * 3, (0, 1))
     x, y = bf16(M, 4096), bf16(M, 4096)
     for name, kernel in (("16^3", "chain3"), ("8^4", "chain4")):
-        kept = bf16(len(chains[name]) - 1, M, 4096)
-        for label, minus_eye, inputs in (
-            ("", False, None), ("kept", False, kept), ("-E", True, None), ("-E kept", True, kept),
+        for label, minus_eye, out, keep in (
+            ("", False, y, False), ("-E", True, y, False), ("inputs", False, None, True),
+            ("-E inputs", True, None, True), ("-E kept", True, y, True),
         ):  # fmt: skip
-            call = partial(quanta.chain, x, chains[name], y, minus_eye, inputs)
+            call = partial(quanta.chain, x, chains[name], out, minus_eye, keep)
             add(kernel, label, {"sources": 1 + minus_eye}, call)
     return found
 
@@ -310,14 +299,15 @@ def compile_all(arch: int, only: str) -> list[Record]:
                 new = log[before:]
             except Exception as error:  # too much shared memory, say: a row of its own
                 new = [{"kernel": "", "error": f"{type(error).__name__}: {str(error)[:200]}"}]
-            own = [r for r in new if r["kernel"] != "sum_parts_kernel" or name == "sum_parts"]
+            helpers = {"sum_parts_kernel": "sum_parts", "digits_kernel": "digits"}
+            own = [r for r in new if helpers.get(r["kernel"], name) == name]
             records += [{"case": name, "arch": arch, **r} for r in own]
     return records
 
 
 # -- the gate --------------------------------------------------------------------------------------
 
-MATRIX_KERNELS = ("gemm", "narrow", "over_rows", "dy_pass", "gate", "chain")
+MATRIX_KERNELS = ("gemm", "narrow", "over_rows", "dy_pass", "dora_norm", "gate", "chain")
 
 
 def faults(record: Record, committed: dict[tuple[str, int], Record]) -> list[str]:

@@ -19,37 +19,31 @@ Call = Callable[[int, Tile], list[Tensor]]  # with the number of a set of inputs
 # Changes to the tile of the architecture's table, which is always tried too.
 CHANGES: dict[str, list[Tile]] = {
     "narrow": [
-        {"BM": 128}, {"BK": 64}, {"BM": 128, "num_warps": 8}, {"num_stages": 3},
-        {"BK": 64, "num_stages": 5}, {"BM": 128, "BK": 64}, {"BM": 32}, {"num_warps": 8},
+        {"by": "cublas"}, {"BK": 64}, {"num_stages": 3}, {"BK": 64, "num_stages": 5}, {"BM": 32},
     ],
     "gemm": [
-        {"num_stages": 3}, {"EPILOGUE": 1, "num_stages": 3}, {"GROUP_M": 16},
-        {"BN": 128}, {"BN": 128, "EPILOGUE": 1}, {"BM": 256, "BN": 128},
-        {"BM": 256, "BN": 128, "EPILOGUE": 1, "num_stages": 3}, {"BN": 128, "num_warps": 4},
+        {"num_stages": 3}, {"EPILOGUE": 1, "num_stages": 3}, {"GROUP_M": 4},
+        {"BM": 256, "BN": 128}, {"GROUP_M": 16},
     ],
     "dy_pass": [
-        {"BM": 32}, {"BM": 64}, {"BM": 128}, {"BN": 128}, {"BN": 128, "num_warps": 4},
-        {"num_stages": 2}, {"num_stages": 4}, {"BM": 32, "num_stages": 4},
+        {"by": "cublas"}, {"waves": 1}, {"BM": 32}, {"BM": 128}, {"num_stages": 2},
+        {"BM": 32, "waves": 1}, {"BM": 32, "BN": 128, "num_warps": 4, "waves": 1},
+        {"BM": 16, "num_warps": 4}, {"BM": 64, "BN": 128}, {"BM": 64, "BN": 128, "waves": 1},
     ],
     "over_rows": [
-        {"BM": 64}, {"BC": 64}, {"num_stages": 4}, {"num_warps": 8}, {"BM": 64, "num_stages": 4},
-        {"BM": 64, "BC": 64}, {"BM": 64, "num_warps": 8}, {"BM": 32, "num_stages": 4},
+        {"by": "cublas"}, {"BM": 64}, {"BC": 64}, {"num_stages": 4}, {"BM": 32, "num_stages": 4},
     ],
     "dora_norm": [
-        {"BN": 32}, {"BK": 64}, {"num_warps": 4}, {"BN": 32, "num_warps": 4}, {"num_stages": 3},
-        {"BN": 16, "num_warps": 4}, {"BR": 16},
+        {"waves": 4}, {"waves": 1}, {"BK": 64}, {"BN": 128, "num_warps": 8}, {"num_stages": 2},
+        {"BK": 64, "waves": 4}, {"BK": 64, "num_stages": 4}, {"BN": 32}, {"num_warps": 8},
     ],
     "dora_epilogue": [
         {"BM": 128}, {"BN": 64}, {"BM": 32}, {"num_warps": 8}, {"BM": 128, "num_warps": 8},
         {"BN": 256, "num_warps": 8},
     ],
     "gate": [
-        {"BM": 64}, {"BN": 128}, {"num_stages": 2}, {"num_stages": 4}, {"num_warps": 4},
-        {"BN": 128, "num_warps": 4}, {"BK": 32}, {"BM": 256, "BN": 128},
-    ],
-    "gate_grad": [
-        {"BM": 32}, {"BM": 128}, {"BN": 64}, {"BK": 64}, {"num_stages": 2}, {"num_warps": 4},
-        {"BM": 128, "num_stages": 2}, {"BN": 256, "BK": 64},
+        {"BM": 64}, {"BN": 128}, {"num_stages": 4}, {"BN": 128, "num_warps": 4},
+        {"BM": 64, "BN": 128, "num_warps": 4}, {"BM": 256, "BN": 128},
     ],
     "chain3": [{"BT": 4}, {"BT": 2}, {"BT": 8}, {"num_warps": 4}, {"BT": 4, "num_warps": 4},
                {"TMA": 0}, {"BT": 2, "num_warps": 4}],
@@ -63,7 +57,7 @@ CHANGES: dict[str, list[Tile]] = {
 SMALL: dict[str, Tile] = {
     "narrow": {"BM": 16}, "gemm": {"BN": 64}, "dy_pass": {"BN": 64}, "over_rows": {"BM": 64},
     "dora_norm": {"BK": 64}, "dora_epilogue": {"BN": 64}, "gate": {"BM": 32},
-    "gate_grad": {"BM": 32}, "chain3": {"BT": 1}, "chain4": {"BT": 2}, "logprob": {"BLOCK": 128},
+    "chain3": {"BT": 1}, "chain4": {"BT": 2}, "logprob": {"BLOCK": 128},
 }  # fmt: skip
 PLANS = ("lora_forward", "lora_backward", "dora_forward")
 
@@ -90,7 +84,10 @@ class Tunable:
         changes = [SMALL[self.kernel]] if smoke else CHANGES[self.kernel]
         found = [base]
         for change in changes:  # a key that the base lacks belongs to another kind of kernel
-            tile = {**base, **change} if change.keys() <= base.keys() else base
+            known = change.keys() <= base.keys() | {"waves"}
+            if "by" in change:
+                known = self.sizes.get("gain") != 2  # which cuBLAS has nothing for
+            tile = {**base, **change} if known else base
             if tile not in found:
                 found.append(tile)
         return found
@@ -119,12 +116,12 @@ def tunables(smoke: bool) -> list[Tunable]:
     tokens = 3 if smoke else 4096  # as many as a chunk has
     found += [_chain(tokens, sizes, minus) for sizes in (cube, eight) for minus in (True, False)]
     if smoke:
-        found += [f(9, (4,) * 3, (4,) * 3, True) for f in (_gate, _gate_grad)]
+        found += [_gate(9, (4,) * 3, (4,) * 3, True)]
     else:
+        found += [_over_rows(16 * tokens, 256, 256), _over_rows(64 * tokens, 64, 64)]
         for before, after in ((cube, cube), (eight, eight), (cube, (16, 16, 56)),
                               ((16, 16, 56), cube)):  # fmt: skip
-            found += [_gate_grad(tokens, before, after, True), _gate(tokens, before, after, True)]
-            found += [_gate(tokens, before, after, False)]
+            found += [_gate(tokens, before, after, total) for total in (True, False)]
     found.append(_logprob(*((9, 200) if smoke else (288, 152064))))
     return found
 
@@ -172,8 +169,11 @@ def _dy_pass(M: int, N: int, r: int, gain: int) -> Tunable:
         more = (g, y) if gain == 2 else ()
 
         def call(i: int, tile: Tile) -> list[Tensor]:
-            found = lora.dy_pass(dY[i], b, h, SCALE, *more, tile=tile)
-            every = found.dS, found.dB, found.gdY, found.dg
+            if gain == 1:
+                every = lora.low_gradients(dY[i], b, h, SCALE, True, True, tile)
+            else:
+                found = lora.dy_pass(dY[i], b, h, SCALE, *more, tile=tile)
+                every = found.dS, found.dB, found.gdY, found.dg
             return [t for t in every if t is not None]
 
         return call
@@ -186,7 +186,7 @@ def _over_rows(M: int, C: int, r: int) -> Tunable:
     def make(device: torch.device, n: int) -> Call:
         z, h = [bf16(device, M, C) for _ in range(n)], bf16(device, M, r)
         out = torch.empty(r, C, device=device)
-        return lambda i, tile: [lora.over_rows(z[i], h, out, transposed=True, tile=tile).clone()]
+        return lambda i, tile: [lora.over_rows(z[i], h, out, transposed=True, tile=tile)]
 
     return Tunable("over_rows", {"rank": r, "M": M, "K": C}, make, 2 * M * C)
 
@@ -225,49 +225,35 @@ def _steps(before: Sizes, after: Sizes, device: torch.device, minus_eye: bool = 
     return quanta.chain_of(gates, torch.bfloat16, minus_eye)
 
 
-def _gate(M: int, before: Sizes, after: Sizes, plus: bool) -> Tunable:
-    """The second gate, the first one with a total; `plus`: x is added to it."""
-    sizes = _gate_sizes(before, after, plus)
+def _gate(M: int, before: Sizes, after: Sizes, total: bool) -> Tunable:
+    """The second gate, with a total or without."""
+    sizes = _gate_sizes(before, after, total)
 
     def make(device: torch.device, n: int) -> Call:
-        steps = _steps(before, after, device)
-        step = steps[1]
-        x = [bf16(device, M, math.prod(before)) for _ in range(n)]
-        total = [bf16(device, M, math.prod(step.before)) for _ in range(n)]
-        parts = [quanta.Part(a, before, t) if plus else quanta.Part(t, step.before)
-                 for a, t in zip(x, total, strict=True)]  # fmt: skip
-        out = bf16(device, M, math.prod(step.after))
-        return lambda i, tile: [quanta.gate(parts[i], step, out, tile=tile).clone()]
+        step, following = _steps(before, after, device)[1:3]
+        K, N = step.matrix.shape[1], math.prod(step.after)
+        t, d = ([bf16(device, M * math.prod(before) // K, K) for _ in range(n)] for _ in range(2))
+        t_out, d_out = bf16(device, M, N), bf16(device, M, N)
 
-    nbytes = (1 + plus) * 2 * M * math.prod(before)
+        def call(i: int, tile: Tile) -> list[Tensor]:
+            more = (d[i], t_out, d_out) if total else (None, t_out, None)
+            quanta.gate(t[i], step, *more, plus=True, then=following.pair, tile=tile)
+            return [t_out, d_out] if total else [t_out]
+
+        return call
+
+    nbytes = (1 + total) * 2 * M * math.prod(before)
     return Tunable("gate", sizes, make, nbytes, _axes(before, after))
-
-
-def _gate_grad(M: int, before: Sizes, after: Sizes, plus: bool) -> Tunable:
-    sizes = _gate_sizes(before, after, plus)
-
-    def make(device: torch.device, n: int) -> Call:
-        steps = _steps(before, after, device)
-        step, back = steps[1], quanta.transposed(steps)[-2]
-
-        def part(first: Sizes, at: Sizes) -> quanta.Part:
-            total = bf16(device, M, math.prod(at))
-            return quanta.Part(bf16(device, M, math.prod(first)), first, total)
-
-        pairs = [(part(after, step.after), part(before, step.before)) for _ in range(n)]
-        return lambda i, tile: [quanta.gate_grad(*pairs[i], step, back, tile)]
-
-    return Tunable("gate_grad", sizes, make, 8 * M * math.prod(before), _axes(before, after))
 
 
 def _axes(before: Sizes, after: Sizes) -> str:
     return "-".join("x".join(map(str, s)) for s in dict.fromkeys((before, after)))
 
 
-def _gate_sizes(before: Sizes, after: Sizes, plus: bool) -> dict[str, int]:
+def _gate_sizes(before: Sizes, after: Sizes, total: bool) -> dict[str, int]:
     """Of the second gate: (N, K), as the tables are asked for them."""
     steps = _steps(before, after, torch.device("meta"))
-    return {**steps[1].tiles_for, "sources": 1 + plus}
+    return {**steps[1].tiles_for, "sources": 1 + total}
 
 
 def _chain(M: int, sizes: Sizes, minus_eye: bool) -> Tunable:
@@ -278,7 +264,8 @@ def _chain(M: int, sizes: Sizes, minus_eye: bool) -> Tunable:
         x, out = [bf16(device, M, width) for _ in range(n)], bf16(device, M, width)
 
         def call(i: int, tile: Tile) -> list[Tensor]:
-            return [quanta.chain(x[i], steps, out, minus_eye, tile=tile).clone()]
+            quanta.chain(x[i], steps, out, minus_eye, tile=tile)
+            return [out]
 
         return call
 

@@ -6,8 +6,6 @@ of g is the sum of dY (y - bias) / g. Where |g| is so small that y has lost the 
 multiplied, those columns are worked out again. The magnitude is applied in fp32 in the epilogue.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +19,7 @@ from structadapt.kernels.lora import (
     SMALL_GAIN,
     SPLIT_RANK,
     FromDY,
+    digits,
     dy_pass,
     gemm,
     narrow,
@@ -35,23 +34,6 @@ from structadapt.kernels.lora import (
 )
 
 # -- kernels ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def digits_kernel(
-    t, out, size, rows, columns, wide, scale, DIGITS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """out[d, r, c] in bf16 with sum_d out[d] = scale t but for 2^-8 of the last one; 0 outside t.
-
-    `wide` columns and `size` numbers of each out[d].
-    """
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    r, c = i // wide, i % wide
-    rest = tl.load(t + r * columns + c, mask=(r < rows) & (c < columns), other=0.0) * scale
-    for d in tl.static_range(DIGITS):  # pyright: ignore
-        digit = rest.to(tl.bfloat16)
-        tl.store(out + d * size.to(tl.int64) + i, digit, mask=i < size)
-        rest -= digit.to(tl.float32)
 
 
 @triton.jit
@@ -193,18 +175,6 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float, tile: Tile | None =
         DIGITS=n, ONE=blocks["BR"] == RO, **blocks, **launch,
     )  # fmt: skip
     return sum_parts(squares, squares.new_empty(N), root=True)
-
-
-def digits(t: Tensor, n: int, shape: tuple[int, int], scale: float) -> Tensor:
-    """(n, *shape) in bf16 that add up to scale t, zeros beside t."""
-    t = t.float().contiguous()
-    out = torch.empty(n, *shape, dtype=torch.bfloat16, device=t.device)
-    size, block = math.prod(shape), 1024
-    _launch.run(
-        digits_kernel, (cdiv(size, block),), t, out, size, *t.shape, shape[1], scale,
-        DIGITS=n, BLOCK=block, num_warps=4,
-    )  # fmt: skip
-    return out
 
 
 def dora_epilogue(

@@ -15,6 +15,7 @@ first and lets cuBLAS add x W^T onto it, so that the output is rounded once more
 the update; "triton" does both in one kernel.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -267,6 +268,24 @@ def sum_parts_kernel(
     tl.store(out + i, total.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def digits_kernel(
+    t, out, size, rows, columns, wide, scale, DIGITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """sum over d of out[d, r, c] = scale t, each rounded to the dtype of out; 0 outside t.
+
+    `wide` columns and `size` numbers of each out[d].
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    r, c = i // wide, i % wide
+    rest = tl.load(t + r * columns + c, mask=(r < rows) & (c < columns), other=0.0)
+    rest = rest.to(tl.float32) * scale
+    for d in tl.static_range(DIGITS):  # pyright: ignore
+        digit = rest.to(out.dtype.element_ty)
+        tl.store(out + d * size.to(tl.int64) + i, digit, mask=i < size)
+        rest -= digit.to(tl.float32)
+
+
 # -- launches --------------------------------------------------------------------------------------
 
 FP32_OUT = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm(..., out_dtype=): from torch 2.8 on
@@ -287,6 +306,19 @@ def sum_parts(
             parts, out if scale is None else scale, out, parts.shape[0], n, factor, per,
             BLOCK=block, SCALED=scale is not None, ROOT=root, num_warps=4,
         )  # fmt: skip
+    return out
+
+
+def digits(
+    t: Tensor, n: int, shape: tuple[int, int], scale: float, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """n tensors (n, *shape) of `dtype` that add up to scale t, zeros beside t."""
+    t, out = t.contiguous(), torch.empty(n, *shape, dtype=dtype, device=t.device)
+    size, block = math.prod(shape), 1024
+    _launch.run(
+        digits_kernel, (cdiv(size, block),), t, out, size, *t.shape, shape[1], scale,
+        DIGITS=n, BLOCK=block, num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -474,7 +506,8 @@ def product(x: Tensor, w: Tensor, s: Tensor, b: Tensor, bias: Tensor | None, by:
 
 def scaled(B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """scale B (N, R), multiplied in fp32 and rounded once; rows start at multiples of 16 bytes."""
-    return padded(B.float() * scale, dtype)
+    N, R = B.shape
+    return digits(B, 1, (N, cdiv(R, 8) * 8), scale, dtype)[0, :, :R]
 
 
 def padded(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -551,13 +584,14 @@ def lora_shared_backward(
 
 
 def low_gradients(
-    dY: Tensor, b: Tensor, h: Tensor, factor: float, need_s: bool, need_b: bool
-) -> tuple[Tensor | None, Tensor | None]:
+    dY: Tensor, b: Tensor, h: Tensor, factor: float, need_s: bool, need_b: bool,
+    tile: Tile | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """dY b (M, R) and factor dY^T h (N, R): in one reading of dY where that is faster."""
     (M, N), R = dY.shape, b.shape[1]
-    one = _launch.tile("dy_pass", dY.device, rank=R, M=M, N=N, gain=1)
-    if need_s and need_b and R <= SPLIT_RANK and not by_cublas(one, dY):
-        found = dy_pass(dY, b, h, factor)
+    tile = tile or _launch.tile("dy_pass", dY.device, rank=R, M=M, N=N, gain=1)
+    if need_s and need_b and R <= SPLIT_RANK and not by_cublas(tile, dY):
+        found = dy_pass(dY, b, h, factor, tile=tile)
         return found.dS, found.dB
     dS = narrow(dY, b) if need_s else None
     dB = None
