@@ -260,7 +260,7 @@ def quanta_cases(arch: int) -> dict[str, Any]:
             ("-E inputs", True, None, True), ("-E kept", True, y, True),
         ):  # fmt: skip
             call = partial(quanta.chain, x, chains[name], out, minus_eye, keep)
-            add(kernel, label, {"sources": 1 + minus_eye}, call)
+            add(kernel, label, {"sources": 1 + minus_eye, "keep": 1 + keep}, call)
     return found
 
 

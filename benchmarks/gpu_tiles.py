@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from counts import Case
-from gpu_cases import SCALE, Problem, Sizes, near_identity, planned
+from gpu_cases import SCALE, Problem, Sizes, gate_by_gate, near_identity, planned
 from torch import Tensor
 
 from structadapt.kernels import _launch, dora, lean_logprob, logprob, lora, quanta
@@ -42,13 +42,11 @@ CHANGES: dict[str, list[Tile]] = {
         {"BN": 256, "num_warps": 8},
     ],
     "gate": [
-        {"BM": 64}, {"BN": 128}, {"num_stages": 4}, {"BN": 128, "num_warps": 4},
-        {"BM": 64, "BN": 128, "num_warps": 4}, {"BM": 256, "BN": 128},
+        {"TMA": 0}, {"BM": 64, "BN": 128}, {"BN": 128}, {"num_stages": 4}, {"BM": 256, "BN": 128},
+        {"BM": 64, "BN": 128, "TMA": 0}, {"BN": 128, "num_warps": 4},
     ],
-    "chain3": [{"BT": 4}, {"BT": 2}, {"BT": 8}, {"num_warps": 4}, {"BT": 4, "num_warps": 4},
-               {"TMA": 0}, {"BT": 2, "num_warps": 4}],
-    "chain4": [{"BT": 2}, {"BT": 1}, {"BT": 8}, {"num_warps": 4}, {"BT": 2, "num_warps": 4},
-               {"TMA": 0}],
+    "chain3": [{"BT": 2}, {"TMA": 0}, {"num_warps": 4}],
+    "chain4": [{"BT": 1}, {"TMA": 0}, {"BT": 4, "num_warps": 4}],
     "logprob": [{"BLOCK": 2048}, {"BLOCK": 8192}, {"BLOCK": 1024, "num_warps": 4},
                 {"BLOCK": 8192, "num_warps": 16}, {"num_warps": 4},
                 {"BLOCK": 16384, "num_warps": 16}],
@@ -60,6 +58,7 @@ SMALL: dict[str, Tile] = {
     "chain3": {"BT": 1}, "chain4": {"BT": 2}, "logprob": {"BLOCK": 128},
 }  # fmt: skip
 PLANS = ("lora_forward", "lora_backward", "dora_forward")
+INPUTS = ("inputs3", "inputs4")
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,8 @@ class Tunable:
         """The first is the table's."""
         if self.kernel in PLANS:
             return [{"plan": "cublas"}, {"plan": "triton"}]
+        if self.kernel in INPUTS:
+            return [{"plan": "chain"}, {"plan": "gates"}]
         base = _launch.tile(self.kernel, device, **self.sizes)
         changes = [SMALL[self.kernel]] if smoke else CHANGES[self.kernel]
         found = [base]
@@ -114,7 +115,8 @@ def tunables(smoke: bool) -> list[Tunable]:
     found += [_epilogue(m, sides[0][0], r) for r in ranks[::2]]
     cube, eight = (16,) * 3, (8,) * 4
     tokens = 3 if smoke else 4096  # as many as a chunk has
-    found += [_chain(tokens, sizes, minus) for sizes in (cube, eight) for minus in (True, False)]
+    found += [_chain(tokens, sizes, *flags) for sizes in (cube, eight)
+              for flags in ((True, False), (True, True), (False, False))]  # fmt: skip
     if smoke:
         found += [_gate(9, (4,) * 3, (4,) * 3, True)]
     else:
@@ -128,11 +130,13 @@ def tunables(smoke: bool) -> list[Tunable]:
 
 def plans(smoke: bool) -> list[Tunable]:
     if smoke:
-        return [_plan(name, 32, 64, 64, 8) for name in PLANS]
+        chains = [_inputs(3, (4,) * 3), _inputs(3, (2,) * 4)]
+        return [_plan(name, 32, 64, 64, 8) for name in PLANS] + chains
     shapes = ((4096, 4096), (14336, 4096), (4096, 14336))
     found = [(8192, *nk, r) for nk in shapes for r in (16, 64, 256)]
     found += [(2048, 4096, 4096, r) for r in (16, 256)]
-    return [_plan(name, *size) for size in found for name in PLANS]
+    chains = [_inputs(8192, sizes) for sizes in ((16,) * 3, (8,) * 4)]
+    return [_plan(name, *size) for size in found for name in PLANS] + chains
 
 
 # -- the calls -------------------------------------------------------------------------------------
@@ -252,11 +256,12 @@ def _axes(before: Sizes, after: Sizes) -> str:
 
 def _gate_sizes(before: Sizes, after: Sizes, total: bool) -> dict[str, int]:
     """Of the second gate: (N, K), as the tables are asked for them."""
-    steps = _steps(before, after, torch.device("meta"))
-    return {**steps[1].tiles_for, "sources": 1 + total}
+    gates = near_identity(before, after, lambda *shape, scale: torch.empty(shape))
+    n_b, n_a, b, a = gates[1].shape
+    return {"N": n_b * n_a, "K": b * a, "sources": 1 + total}
 
 
-def _chain(M: int, sizes: Sizes, minus_eye: bool) -> Tunable:
+def _chain(M: int, sizes: Sizes, minus_eye: bool, keep: bool) -> Tunable:
     width = math.prod(sizes)
 
     def make(device: torch.device, n: int) -> Call:
@@ -264,12 +269,31 @@ def _chain(M: int, sizes: Sizes, minus_eye: bool) -> Tunable:
         x, out = [bf16(device, M, width) for _ in range(n)], bf16(device, M, width)
 
         def call(i: int, tile: Tile) -> list[Tensor]:
-            quanta.chain(x[i], steps, out, minus_eye, tile=tile)
-            return [out]
+            return [out, *quanta.chain(x[i], steps, out, minus_eye, keep, tile)]
 
         return call
 
-    return Tunable(f"chain{len(sizes)}", {"sources": 1 + minus_eye}, make, 2 * M * width)
+    case = {"sources": 1 + minus_eye, "keep": 1 + keep}
+    return Tunable(f"chain{len(sizes)}", case, make, 2 * M * width)
+
+
+def _inputs(M: int, sizes: Sizes) -> Tunable:
+    """What goes into every gate, for its gradient: by the chain on chip or gate by gate."""
+    width = math.prod(sizes)
+
+    def make(device: torch.device, n: int) -> Call:
+        steps = _steps(sizes, sizes, device)
+        x = [bf16(device, M, width) for _ in range(n)]
+
+        def call(i: int, tile: Tile) -> list[Tensor]:
+            with gate_by_gate(tile["plan"] == "gates"):
+                if tile["plan"] == "gates" or quanta.ON_CHIP.get(len(sizes)) != sizes[0]:
+                    return quanta._run(steps, x[i], None, True, keep=True)
+                return quanta.chain(x[i], steps, None, True, keep=True)
+
+        return call
+
+    return Tunable(f"inputs{len(sizes)}", {"M": M}, make, 2 * M * width)
 
 
 def _logprob(C: int, V: int) -> Tunable:

@@ -82,32 +82,51 @@ def turn_kernel(
 
 
 @triton.jit
+def matrix_kernel(
+    g, out, size, K, A, OUT_A, MINUS_EYE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out = g, or g - E with MINUS_EYE, subtracted before it is rounded; (OUT_B, OUT_A, B, A)."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.load(g + i, mask=i < size, other=0.0).to(tl.float32)
+    if MINUS_EYE:
+        n, k = i // K, i % K
+        t -= ((n // OUT_A == k // A) & (n % OUT_A == k % A)).to(tl.float32)
+    tl.store(out + i, t.to(out.dtype.element_ty), mask=i < size)
+
+
+@triton.jit
 def gate_kernel(
-    t, d, w, t_out, d_out, ROWS, swn, swk, som,
+    t, td, d, w, t_out, d_out, ROWS, swn, swk, som,
     SIZES: tl.constexpr, OUT: tl.constexpr, NAXES: tl.constexpr, PER: tl.constexpr,
     B: tl.constexpr, A: tl.constexpr, OUT_B: tl.constexpr, OUT_A: tl.constexpr,
     WIDTH: tl.constexpr, HAS_D: tl.constexpr, T_OUT: tl.constexpr, D_OUT: tl.constexpr,
-    PLUS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    PLUS: tl.constexpr, W_IS_NK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """With u = t w^T (rows, OUT_B OUT_A): t_out = u (PLUS: + E t), d_out = u (HAS_D: + E d).
 
-    t and d are turned for this gate (rows, B A); both outputs have the strides OUT and som.
+    t and d are turned for this gate (rows, B A); both outputs have the strides OUT and som. TMA: td
+    and w are descriptors of t and of (N, K), or without W_IS_NK of (K, N).
     """
     K: tl.constexpr = B * A
     N: tl.constexpr = OUT_B * OUT_A
     tiles_n: tl.constexpr = (N + BN - 1) // BN
     pid = tl.program_id(0)
-    row = pid // tiles_n * BM + tl.arange(0, BM)  # neighbours share the rows, in L2
-    n = pid % tiles_n * BN + tl.arange(0, BN)
+    first, left = pid // tiles_n * BM, pid % tiles_n * BN  # neighbours share the rows, in L2
+    row, n = first + tl.arange(0, BM), left + tl.arange(0, BN)
     rows, columns = (row < ROWS)[:, None], (n < N)[None, :]
     start = row.to(tl.int64)[:, None] * K
     acc = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, K, BK):
-        k = k0 + tl.arange(0, BK)
-        p = tl.load(t + start + k[None, :], mask=rows & (k < K)[None, :], other=0.0)
-        pw = w + k[:, None] * swk + n[None, :] * swn
-        q = tl.load(pw, mask=(k < K)[:, None] & columns, other=0.0)
+        if TMA:
+            p = td.load([first, k0])
+            q = w.load([left, k0]).T if W_IS_NK else w.load([k0, left])
+        else:
+            k = k0 + tl.arange(0, BK)
+            p = tl.load(t + start + k[None, :], mask=rows & (k < K)[None, :], other=0.0)
+            pw = w + k[:, None] * swk + n[None, :] * swn
+            q = tl.load(pw, mask=(k < K)[:, None] & columns, other=0.0)
         acc = tl.dot(p, q, acc, input_precision=PRECISION)
     n_b, n_a = n // OUT_A, n % OUT_A
     kept = rows & columns & ((n_b < B) & (n_a < A))[None, :]
@@ -134,7 +153,8 @@ def chain_kernel(
     x, w, kept, out, M, sxm, som, skk,
     D: tl.constexpr, NAXES: tl.constexpr, GATES: tl.constexpr, STRIDES: tl.constexpr,
     MOVES: tl.constexpr, SHAPE: tl.constexpr, MINUS_EYE: tl.constexpr, KEEP: tl.constexpr,
-    HAS_OUT: tl.constexpr, BT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BACK: tl.constexpr, HAS_OUT: tl.constexpr, BT: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = T x for BT tokens of D ** NAXES numbers, or with MINUS_EYE T x - x.
 
@@ -142,8 +162,9 @@ def chain_kernel(
     lies in shared memory, its registers are free for the sum. MOVES[k] permutes (b, a, m, others)
     of the gate before, of SHAPE, into that. STRIDES are the strides in memory of the others, the
     innermost first, then of b, then of a, gate after gate. w (GATES D D, D D) holds the gates, or
-    G - E with MINUS_EYE. KEEP: the input of each gate but the first (1) or of every one (2), turned
-    for it, goes to kept. Without HAS_OUT the last gate is left out.
+    G - E with MINUS_EYE; BACK: it is read from its end, and transposed. KEEP: the input of each
+    gate but the first (1) or of every one (2), turned for it, goes to kept. Without HAS_OUT the
+    last gate is left out.
     """
     PAIRS: tl.constexpr = D * D
     REST: tl.constexpr = D ** (NAXES - 2)
@@ -173,10 +194,13 @@ def chain_kernel(
         if KEEP == 2 or (KEEP == 1 and k > 0):
             tl.store(kept + (k - 2 + KEEP) * skk + turned, t, mask=inside)
         if k < GATES - 1 or HAS_OUT:
+            which = GATES - 1 - k if BACK else k
             if TMA:  # straight to shared memory: 256 x 256 numbers on their way take all registers
-                g = w.load([k * PAIRS, 0])
+                g = w.load([which * PAIRS, 0])
             else:
-                g = tl.load(w + (k * PAIRS + pair[:, None]) * PAIRS + pair[None, :])
+                g = tl.load(w + (which * PAIRS + pair[:, None]) * PAIRS + pair[None, :])
+            if BACK:
+                g = g.T
             acc = total if MINUS_EYE else tl.zeros((PAIRS, ROWS), tl.float32)
             total = tl.dot(g, t, acc, input_precision=PRECISION)
             if k == GATES - 1:
@@ -206,11 +230,18 @@ class Gate:
 
 
 def chain_of(gates: list[Tensor], dtype: torch.dtype, minus_eye: bool) -> list[Gate]:
-    """G of every gate in `dtype`, or with `minus_eye` G - E, in the order of application."""
+    """G of every gate in `dtype`, or with `minus_eye` G - E, in the order of application.
+
+    The matrices lie behind each other in memory, where `chain` takes them all at once.
+    """
     if not gates:
         return []
     steps = _steps(tuple(tuple(g.shape) for g in gates))
-    return [Gate(_matrix(g, dtype, minus_eye), *s) for g, s in zip(gates, steps, strict=True)]
+    memory = torch.empty(sum(g.numel() for g in gates), dtype=dtype, device=gates[0].device)
+    places = memory.split([g.numel() for g in gates])
+    return [
+        Gate(_matrix(g, m, minus_eye), *s) for g, m, s in zip(gates, places, steps, strict=True)
+    ]
 
 
 def transposed(chain: list[Gate]) -> list[Gate]:
@@ -231,17 +262,15 @@ def _steps(shapes: tuple[Sizes, ...]) -> list[tuple[tuple[int, int], Sizes, Size
     return found
 
 
-def _matrix(gate: Tensor, dtype: torch.dtype, minus_eye: bool) -> Tensor:
-    """G or G - E as (n_b n_a, b a), subtracted before it is rounded to `dtype`."""
-    matrix = gate.to(dtype, copy=minus_eye, memory_format=torch.contiguous_format)
-    if minus_eye:
-        _diagonal(matrix).copy_(_diagonal(gate) - 1)
-    return matrix.flatten(2).flatten(0, 1)
-
-
-def _diagonal(gate: Tensor) -> Tensor:
-    """Where E of a gate's shape is 1, a view."""
-    return gate.diagonal(dim1=0, dim2=2).diagonal(dim1=0, dim2=1)
+def _matrix(gate: Tensor, out: Tensor, minus_eye: bool) -> Tensor:
+    """G or G - E as (n_b n_a, b a), in `out`."""
+    gate = gate.contiguous()
+    K = gate[0, 0].numel()
+    _launch.run(
+        matrix_kernel, (cdiv(gate.numel(), 1024),), gate, out, gate.numel(), K, gate.shape[3],
+        gate.shape[1], MINUS_EYE=minus_eye, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return out.view(-1, K)
 
 
 def _strides(sizes: Sizes, pair: tuple[int, int] | None = None) -> Sizes:
@@ -264,7 +293,7 @@ def _layout(pair: tuple[int, int], sizes: Sizes, strides: Sizes) -> tuple[Sizes,
 
 # -- launches --------------------------------------------------------------------------------------
 
-CHUNK_ELEMENTS = 2**24  # of one activation; a few of them are alive in a backward
+CHUNK_ELEMENTS = 2**25  # of one activation; a few of them are alive in a backward
 ON_CHIP = {3: 16, 4: 8}  # {axes: size of each} that `chain` takes where the table has its tile
 
 
@@ -303,17 +332,24 @@ def gate(
     blocks, launch = _launch.split(tile or _launch.tile("gate", t.device, **wanted))
     _clamp(blocks, t.dtype, BN=N, BK=K)
     per, whole = math.prod(step.before) // K, math.prod(step.after)
+    w, nk = step.matrix, step.matrix.stride(1) == 1
+    low = w if nk else w.T
+    blocks["TMA"] = int(blocks["TMA"] and _launch.misfit(t, low) is None)
+    td, wd = t, w
+    if blocks["TMA"]:
+        td = TensorDescriptor.from_tensor(t, [blocks["BM"], blocks["BK"]])
+        block = [blocks["BN"], blocks["BK"]]
+        wd = TensorDescriptor.from_tensor(low, block if nk else block[::-1])
     axes, strides = _layout(step.pair, step.after, _strides(step.after, then))
     if len(t):
         _launch.run(
             gate_kernel, (cdiv(len(t), blocks["BM"]) * cdiv(N, blocks["BN"]),),
-            t, t if d is None else d, step.matrix, first if t_out is None else t_out, first,
-            len(t), step.matrix.stride(0), step.matrix.stride(1),
-            first.stride(0) if then is None else whole,
+            t, td, t if d is None else d, wd, first if t_out is None else t_out, first,
+            len(t), w.stride(0), w.stride(1), first.stride(0) if then is None else whole,
             SIZES=axes, OUT=strides, NAXES=len(axes), PER=per,
             B=step.before[b], A=step.before[a], OUT_B=step.after[b], OUT_A=step.after[a],
             WIDTH=_width(first, step.after) if then is None else 0, HAS_D=d is not None,
-            T_OUT=t_out is not None, D_OUT=d_out is not None, PLUS=plus,
+            T_OUT=t_out is not None, D_OUT=d_out is not None, PLUS=plus, W_IS_NK=nk,
             PRECISION=PRECISION, **blocks, **launch,
         )  # fmt: skip
 
@@ -340,11 +376,12 @@ def chain(
     With `keep`, returns the input of every gate, turned for it. Without `out` the last is not run.
     """
     (M, width), D, n_axes = x.shape, steps[0].before[0], len(steps[0].before)
-    tile = tile or _launch.tile(f"chain{n_axes}", x.device, M=M, sources=1 + minus_eye)
+    wanted = {"M": M, "sources": 1 + minus_eye, "keep": 1 + keep}  # both take registers
+    tile = tile or _launch.tile(f"chain{n_axes}", x.device, **wanted)
     blocks, launch = _launch.split(tile)
     strides, moves = _turns(tuple(step.pair for step in steps), D, n_axes)
     shape = (D, D, blocks["BT"]) + (D,) * (n_axes - 2)
-    matrices = torch.cat([step.matrix for step in steps])
+    matrices, back = _stacked([step.matrix for step in steps])
     if blocks["TMA"]:
         matrices = TensorDescriptor.from_tensor(matrices, [D * D, D * D])
     lies = steps[0].pair == (n_axes - 2, n_axes - 1) and x.is_contiguous()  # turned already
@@ -356,10 +393,25 @@ def chain(
             chain_kernel, (cdiv(M, blocks["BT"]),),
             x, matrices, kept if keep else x, target, M, x.stride(0), target.stride(0),
             M * width, D=D, NAXES=n_axes, GATES=len(steps), STRIDES=strides, MOVES=moves,
-            SHAPE=shape, MINUS_EYE=minus_eye, KEEP=KEEP, HAS_OUT=out is not None,
+            SHAPE=shape, MINUS_EYE=minus_eye, KEEP=KEEP, BACK=back, HAS_OUT=out is not None,
             PRECISION=PRECISION, **blocks, **launch,
         )  # fmt: skip
     return [x.view(-1, D**2), *kept] if KEEP == 1 else [*kept]
+
+
+def _stacked(matrices: list[Tensor]) -> tuple[Tensor, bool]:
+    """(all of them below each other, whether the last one comes first and they are transposed)."""
+    back = matrices[0].stride(0) == 1
+    rows = [m.T for m in reversed(matrices)] if back else matrices
+    first, n = rows[0], len(rows)
+    follow = all(
+        m.data_ptr() == first.data_ptr() + i * first.numel() * first.element_size()
+        and m.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for i, m in enumerate(rows)
+    )
+    if not follow:
+        return torch.cat(rows), back
+    return first.as_strided((n * first.shape[0], first.shape[1]), first.stride()), back
 
 
 @cache
@@ -443,7 +495,7 @@ def _run(
 
     Without `out` the last gate is not run, and no total is carried.
     """
-    if _on_chip(steps, x, out):
+    if _on_chip(steps, x, out) and not (out is None and _apart(x, len(steps[0].before))):
         return chain(x, steps, out, minus_eye, keep)
     t, d, inputs = turn(x, steps[0].before, steps[0].pair), None, []
     for step, following in zip(steps, [*steps[1:], None], strict=True):
@@ -474,11 +526,17 @@ def _on_chip(steps: list[Gate], x: Tensor, out: Tensor | None) -> bool:
     return square and full and short and f"chain{len(sizes)}" in _launch.table(x.device)
 
 
+def _apart(x: Tensor, n_axes: int) -> bool:
+    """Whether the inputs of the gates alone are made gate by gate, by the table."""
+    return _launch.tile(f"inputs{n_axes}", x.device, M=len(x))["plan"] == "gates"
+
+
 def _chunks(M: int, steps: list[Gate]) -> Iterator[slice]:
     """The tokens, so many at a time that an activation has CHUNK_ELEMENTS numbers."""
     widest = max(math.prod(sizes) for g in steps for sizes in (g.before, g.after))
-    size = max(16, CHUNK_ELEMENTS // widest)
-    return (slice(start, min(start + size, M)) for start in range(0, M, size))
+    count = cdiv(M, max(16, CHUNK_ELEMENTS // widest))
+    size = cdiv(M, max(count, 1))  # of about the same size: the last one fills the device too
+    return (slice(start, min(start + size, M)) for start in range(0, M, max(size, 1)))
 
 
 def _readable(t: Tensor) -> Tensor:

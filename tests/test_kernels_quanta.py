@@ -316,6 +316,23 @@ def test_inputs_are_left_alone_and_runs_repeat():
 # -- the kernels against each other ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_a_gate_with_descriptors_is_the_one_with_pointers(k, back):
+    forth = quanta.chain_of(gates_of((4, 6, 8), (8, 6, 4)), BF16, True)
+    step = (quanta.transposed(forth) if back else forth)[k]
+    K, M = step.matrix.shape[1], 5
+    t = normal(M * math.prod(step.before) // K, K, dtype=BF16)
+    d, width = normal(*t.shape, seed=1, dtype=BF16), math.prod(step.after)
+    found = []
+    for tma in (0, 1):
+        out = [torch.empty(M, width, dtype=BF16) for _ in range(2)]
+        tile = {"BM": 32, "BN": 32, "BK": 16, "TMA": tma}
+        quanta.gate(t, step, d, *out, plus=True, then=(0, 2), tile=tile)
+        found.append(out)
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("sizes", [(4, 4, 4), (2, 2, 2, 2), (8, 8, 8, 8)], ids=str)
 @pytest.mark.parametrize("minus_eye", [True, False])
