@@ -24,7 +24,6 @@ from structadapt.kernels.lora import (
     gemm,
     narrow,
     over_rows,
-    padded,
     plan,
     present,
     product,
@@ -232,7 +231,7 @@ def dora_backward(
     """Gradients of (x, W, bias, A, B, g); the norm inside g is a constant."""
     dY, X, g = readable(flat(dy)), flat(x), g.contiguous()
     b = scaled(B, scale, dy.dtype)
-    gb = padded(g[:, None] * scale * B.float(), dy.dtype)
+    gb = scaled(B, scale, dy.dtype, g)
     found = _read_dy(dY, gb, h, scale, g, flat(y) if needs[5] else None, bias)
     dx = dA = None
     if needs[0]:

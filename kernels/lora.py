@@ -247,19 +247,19 @@ def over_rows_kernel(
 @triton.jit
 def sum_parts_kernel(
     parts, scale, out, P, n, factor, per,
-    BLOCK: tl.constexpr, SCALED: tl.constexpr, ROOT: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, ROOT: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = factor (times scale[i // per]) times the sum of parts[p, i], in the order of p.
+    """out[i] = factor (times scale[i // per]) times the sum of parts[p, i], GROUP parts at a time.
 
     ROOT: the root of the sum.
     """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     total = tl.zeros((BLOCK,), tl.float32)
-    at = parts + i
-    for _ in range(P):
-        total += tl.load(at, mask=inside, other=0.0)
-        at += n
+    for p0 in range(0, P, GROUP):
+        p = p0 + tl.arange(0, GROUP)
+        at = parts + p.to(tl.int64)[:, None] * n + i[None, :]
+        total += tl.sum(tl.load(at, mask=(p < P)[:, None] & inside[None, :], other=0.0), 0)
     if ROOT:
         total = tl.sqrt(total)
     total *= factor
@@ -270,9 +270,10 @@ def sum_parts_kernel(
 
 @triton.jit
 def digits_kernel(
-    t, out, size, rows, columns, wide, scale, DIGITS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """sum over d of out[d, r, c] = scale t, each rounded to the dtype of out; 0 outside t.
+    t, g, out, size, rows, columns, wide, scale,
+    HAS_G: tl.constexpr, DIGITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sum over d of out[d, r, c] = scale (g[r]) t, each rounded to the dtype of out; 0 outside t.
 
     `wide` columns and `size` numbers of each out[d].
     """
@@ -280,6 +281,8 @@ def digits_kernel(
     r, c = i // wide, i % wide
     rest = tl.load(t + r * columns + c, mask=(r < rows) & (c < columns), other=0.0)
     rest = rest.to(tl.float32) * scale
+    if HAS_G:
+        rest *= tl.load(g + r, mask=r < rows, other=0.0).to(tl.float32)
     for d in tl.static_range(DIGITS):  # pyright: ignore
         digit = rest.to(out.dtype.element_ty)
         tl.store(out + d * size.to(tl.int64) + i, digit, mask=i < size)
@@ -298,26 +301,28 @@ def sum_parts(
     root: bool = False,
 ) -> Tensor:  # fmt: skip
     """out = factor * scale[row] * parts.sum(0), or its root; parts (P, *out.shape), fp32."""
-    n, block = out.numel(), 1024
+    n, block = out.numel(), 512
     if n:
         per = n // out.shape[0]
         _launch.run(
             sum_parts_kernel, (cdiv(n, block),),
             parts, out if scale is None else scale, out, parts.shape[0], n, factor, per,
-            BLOCK=block, SCALED=scale is not None, ROOT=root, num_warps=4,
+            BLOCK=block, GROUP=8, SCALED=scale is not None, ROOT=root, num_warps=4,
         )  # fmt: skip
     return out
 
 
 def digits(
-    t: Tensor, n: int, shape: tuple[int, int], scale: float, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
-    """n tensors (n, *shape) of `dtype` that add up to scale t, zeros beside t."""
+    t: Tensor, n: int, shape: tuple[int, int], scale: float, dtype: torch.dtype = torch.bfloat16,
+    g: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """n tensors (n, *shape) of `dtype` that add up to scale g[row] t, zeros beside t."""
     t, out = t.contiguous(), torch.empty(n, *shape, dtype=dtype, device=t.device)
     size, block = math.prod(shape), 1024
     _launch.run(
-        digits_kernel, (cdiv(size, block),), t, out, size, *t.shape, shape[1], scale,
-        DIGITS=n, BLOCK=block, num_warps=4,
+        digits_kernel, (cdiv(size, block),),
+        t, t if g is None else g.contiguous(), out, size, *t.shape, shape[1], scale,
+        HAS_G=g is not None, DIGITS=n, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -504,10 +509,10 @@ def product(x: Tensor, w: Tensor, s: Tensor, b: Tensor, bias: Tensor | None, by:
     return low.addmm_(x, w)
 
 
-def scaled(B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale B (N, R), multiplied in fp32 and rounded once; rows start at multiples of 16 bytes."""
+def scaled(B: Tensor, scale: float, dtype: torch.dtype, g: Tensor | None = None) -> Tensor:
+    """scale g[row] B (N, R), multiplied in fp32 and rounded once; rows at multiples of 16 bytes."""
     N, R = B.shape
-    return digits(B, 1, (N, cdiv(R, 8) * 8), scale, dtype)[0, :, :R]
+    return digits(B, 1, (N, cdiv(R, 8) * 8), scale, dtype, g)[0, :, :R]
 
 
 def padded(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -57,6 +57,10 @@ def check_lora(m):
     check(found.gdY, g.double() * dy.double())
     dg = (dy.double() * (y.double() - bias.double()) / g.double()).sum(0)
     check(found.dg, dg, 1e-5)
+    parts = m.digits(s, 3, (80, 32), 3.0, g=1 + normal(M).abs()).double()
+    check(parts.sum(0)[:M, :R], 3 * (1 + normal(M).abs()).double()[:, None] * s.double(), 2e-7)
+    assert not parts[:, M:].any()
+    assert not parts[:, :, R:].any()
     far = wrapped_around(3, 16)
     check(
         m.narrow(far, normal(16, 4, dtype=BF16)), far.double() @ normal(16, 4, dtype=BF16).double()
@@ -82,7 +86,8 @@ def check_dora(m):
 def check_quanta(m):
     """Sizes whose tiles have tails, more than one chunk; the chain on chip is 8^4."""
     m.CHUNK_ELEMENTS = 1  # 16 tokens
-    for before, after, M in (((4, 6, 5), (4, 6, 7), 35), ((8, 8, 8, 8), (8, 8, 8, 8), 3)):
+    uneven, eight = (3, 2, 4, 3), (8,) * 4
+    for before, after, M in (((4, 6, 5), (4, 6, 7), 35), (uneven, uneven, 5), (eight, eight, 3)):
         gates, sizes = [], list(before)
         pairs = reference.quanta_pairs(len(before))
         for k, (b, a) in enumerate(pairs):
@@ -150,7 +155,7 @@ PLANTED = {  # what: (file, right, wrong)
         "inside = k < K - k0 + BK",
     ),
     "a forgotten factor": ("lora.py", "total *= factor", "total *= 1.0"),
-    "a forgotten part": ("lora.py", "for _ in range(P):", "for _ in range(P - 1):"),
+    "a forgotten part": ("lora.py", "mask=(p < P)[:, None]", "mask=(p < P - 1)[:, None]"),
     "swapped strides of the result": (
         "lora.py",
         "(1, C) if transposed else (R, 1)",
@@ -208,7 +213,7 @@ PLANTED = {  # what: (file, right, wrong)
         "for r0 in range(0, R, BR):\n                v =",
         "for r0 in range(0, BR, BR):\n                v =",
     ),
-    "digits that are not taken off": ("dora.py", "rest -= digit", "rest -= 0 * digit"),
+    "digits that are not taken off": ("lora.py", "rest -= digit", "rest -= 0 * digit"),
     "a gain after the bias": (
         "dora.py",
         "    acc *= tl.load(g + n, mask=n < N, other=0.0).to(tl.float32)[None, :]\n"
@@ -222,27 +227,50 @@ PLANTED = {  # what: (file, right, wrong)
         "if tl.abs(tl.load(g + n).to(tl.float32)) >= SMALL",
         "if tl.load(g + n).to(tl.float32) <= -SMALL * 0.001",
     ),
-    "swapped axes of a gate": (
+    "swapped axes of an output": (
         "quanta.py",
-        "t, x, m, row, k // A, k % A, rows, k < K, stm, sxm,\n            SIZES, T, X, LIMITS",
-        "t, x, m, row, k % B, k // B, rows, k < K, stm, sxm,\n            SIZES, T, X, LIMITS",
+        "at += (n_b * OUT[NAXES] + n_a * OUT[NAXES + 1])[None, :]",
+        "at += (n_a * OUT[NAXES] + n_b * OUT[NAXES + 1])[None, :]",
     ),
     "a total that is not carried on": (
         "quanta.py",
-        "kept = columns & (n_b < B) & (n_a < A)",
-        "kept = columns & (n_b < 0)",
+        "            acc += tl.load(d + same, mask=kept",
+        "            acc += 0 * tl.load(d + same, mask=kept",
     ),
-    "x that is not cropped": ("quanta.py", "if LIMITS[j] < SIZES[j]:", "if LIMITS[j] < 0:"),
-    "columns behind x that are read": ("quanta.py", "    if X_WIDTH:", "    if X_WIDTH < 0:"),
-    "a chain that forgets its total": (
+    "an activation without what it was": (
         "quanta.py",
-        "                acc = total\n",
-        "                acc = acc\n",
+        "            moved += tl.load(t + same",
+        "            moved += 0 * tl.load(t + same",
+    ),
+    "an activation that is not cropped": (
+        "quanta.py",
+        "columns & ((n_b < B) & (n_a < A))[None, :]",
+        "columns",
+    ),
+    "columns behind x that are read": (
+        "quanta.py",
+        "within = within & (at < WIDTH)",
+        "within = within & (at <= WIDTH)",
+    ),
+    "axes that are turned the wrong way": (
+        "quanta.py",
+        "others = [n for n in reversed(range(len(sizes)))",
+        "others = [n for n in (range(len(sizes)))",
+    ),
+    "a chain that forgets its activation": (
+        "quanta.py",
+        "acc = total if MINUS_EYE else",
+        "acc = 0 * total if MINUS_EYE else",
+    ),
+    "a chain whose way back is the way forth": (
+        "quanta.py",
+        "which = GATES - 1 - k if BACK else k",
+        "which = k",
     ),
     "a gate that is not transposed": (
         "quanta.py",
-        "_linked([(g.matrix.T, g.pair",
-        "_linked([(g.matrix, g.pair",
+        "Gate(g.matrix.T, g.pair",
+        "Gate(g.matrix, g.pair",
     ),
     "a chunk whose gradients replace the others": (
         "quanta.py",
