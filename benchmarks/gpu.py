@@ -39,8 +39,8 @@ if __name__ == "__main__":
 PARTS = ("ceilings", "check", "sanitize", "tune", "lora", "dora", "quanta", "head", "block")
 # Of the seconds; what a part leaves goes to the others.
 SHARES = {
-    "ceilings": 6, "check": 90, "sanitize": 100, "tune": 120, "lora": 95, "dora": 55, "quanta": 40,
-    "head": 30, "block": 20, "ceilings end": 4,
+    "ceilings": 6, "check": 45, "sanitize": 55, "tune": 80, "lora": 105, "dora": 125, "quanta": 55,
+    "head": 22, "block": 30, "ceilings end": 6,
 }  # fmt: skip
 WARMERS = 12  # processes that compile beside each other
 

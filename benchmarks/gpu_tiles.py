@@ -118,12 +118,14 @@ def tunables(smoke: bool) -> list[Tunable]:
     found += [_chain(tokens, sizes, *flags) for sizes in (cube, eight)
               for flags in ((True, False), (True, True), (False, False))]  # fmt: skip
     if smoke:
-        found += [_gate(9, (4,) * 3, (4,) * 3, True)]
+        found += [_gate(9, (4,) * 3, (4,) * 3, 1, True)]
     else:
         found += [_over_rows(16 * tokens, 256, 256), _over_rows(64 * tokens, 64, 64)]
         for before, after in ((cube, cube), (eight, eight), (cube, (16, 16, 56)),
                               ((16, 16, 56), cube)):  # fmt: skip
-            found += [_gate(tokens, before, after, total) for total in (True, False)]
+            found += [_gate(tokens, before, after, 1, total) for total in (True, False)]
+        widest = tokens, (16, 16, 56), cube, 0
+        found += [_gate(*widest, total) for total in (True, False)]
     found.append(_logprob(*((9, 200) if smoke else (288, 152064))))
     return found
 
@@ -229,14 +231,16 @@ def _steps(before: Sizes, after: Sizes, device: torch.device, minus_eye: bool = 
     return quanta.chain_of(gates, torch.bfloat16, minus_eye)
 
 
-def _gate(M: int, before: Sizes, after: Sizes, total: bool) -> Tunable:
-    """The second gate, with a total or without."""
-    sizes = _gate_sizes(before, after, total)
+def _gate(M: int, before: Sizes, after: Sizes, number: int, total: bool) -> Tunable:
+    """A gate of a chain, with a total or without."""
+    sizes = _gate_sizes(before, after, number, total)
 
     def make(device: torch.device, n: int) -> Call:
-        step, following = _steps(before, after, device)[1:3]
+        step, following = _steps(before, after, device)[number : number + 2]
         K, N = step.matrix.shape[1], math.prod(step.after)
-        t, d = ([bf16(device, M * math.prod(before) // K, K) for _ in range(n)] for _ in range(2))
+        t, d = (
+            [bf16(device, M * math.prod(step.before) // K, K) for _ in range(n)] for _ in range(2)
+        )
         t_out, d_out = bf16(device, M, N), bf16(device, M, N)
 
         def call(i: int, tile: Tile) -> list[Tensor]:
@@ -254,10 +258,10 @@ def _axes(before: Sizes, after: Sizes) -> str:
     return "-".join("x".join(map(str, s)) for s in dict.fromkeys((before, after)))
 
 
-def _gate_sizes(before: Sizes, after: Sizes, total: bool) -> dict[str, int]:
-    """Of the second gate: (N, K), as the tables are asked for them."""
+def _gate_sizes(before: Sizes, after: Sizes, number: int, total: bool) -> dict[str, int]:
+    """Of one gate: (N, K), as the tables are asked for them."""
     gates = near_identity(before, after, lambda *shape, scale: torch.empty(shape))
-    n_b, n_a, b, a = gates[1].shape
+    n_b, n_a, b, a = gates[number].shape
     return {"N": n_b * n_a, "K": b * a, "sources": 1 + total}
 
 

@@ -62,7 +62,7 @@ def _within(row, SIZES: tl.constexpr, STRIDES: tl.constexpr, NAXES: tl.constexpr
 
 @triton.jit
 def turn_kernel(
-    x, out, ROWS, sxm, SIZES: tl.constexpr, X: tl.constexpr, NAXES: tl.constexpr,
+    x, out, M, sxm, SIZES: tl.constexpr, X: tl.constexpr, NAXES: tl.constexpr,
     PER: tl.constexpr, B: tl.constexpr, A: tl.constexpr, WIDTH: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def turn_kernel(
     at = (
         _within(row, SIZES, X, NAXES)[:, None] + (k // A * X[NAXES] + k % A * X[NAXES + 1])[None, :]
     )
-    inside = (row < ROWS)[:, None] & (k < K)[None, :]
+    inside = (row // PER < M)[:, None] & (k < K)[None, :]
     within = inside
     if WIDTH:
         within = within & (at < WIDTH)
@@ -96,7 +96,7 @@ def matrix_kernel(
 
 @triton.jit
 def gate_kernel(
-    t, td, d, w, t_out, d_out, ROWS, swn, swk, som,
+    t, td, d, w, t_out, d_out, M, swn, swk, som,
     SIZES: tl.constexpr, OUT: tl.constexpr, NAXES: tl.constexpr, PER: tl.constexpr,
     B: tl.constexpr, A: tl.constexpr, OUT_B: tl.constexpr, OUT_A: tl.constexpr,
     WIDTH: tl.constexpr, HAS_D: tl.constexpr, T_OUT: tl.constexpr, D_OUT: tl.constexpr,
@@ -115,7 +115,8 @@ def gate_kernel(
     pid = tl.program_id(0)
     first, left = pid // tiles_n * BM, pid % tiles_n * BN  # neighbours share the rows, in L2
     row, n = first + tl.arange(0, BM), left + tl.arange(0, BN)
-    rows, columns = (row < ROWS)[:, None], (n < N)[None, :]
+    # By the token: a row's neighbours in memory are inside with it, and leave in one piece.
+    rows, columns = (row // PER < M)[:, None], (n < N)[None, :]
     start = row.to(tl.int64)[:, None] * K
     acc = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, K, BK):
@@ -309,7 +310,7 @@ def turn(x: Tensor, sizes: Sizes, pair: tuple[int, int]) -> Tensor:
         axes, strides = _layout(pair, sizes, _strides(sizes))
         BM, BK = 32, min(128, power_of_2(K))
         _launch.run(
-            turn_kernel, (cdiv(len(out), BM), cdiv(K, BK)), x, out, len(out), x.stride(0),
+            turn_kernel, (cdiv(len(out), BM), cdiv(K, BK)), x, out, M, x.stride(0),
             SIZES=axes, X=strides, NAXES=len(axes), PER=whole // K, B=sizes[b], A=sizes[a],
             WIDTH=_width(x, sizes), BM=BM, BK=BK, num_warps=4,
         )  # fmt: skip
@@ -345,7 +346,7 @@ def gate(
         _launch.run(
             gate_kernel, (cdiv(len(t), blocks["BM"]) * cdiv(N, blocks["BN"]),),
             t, td, t if d is None else d, wd, first if t_out is None else t_out, first,
-            len(t), w.stride(0), w.stride(1), first.stride(0) if then is None else whole,
+            len(t) // per, w.stride(0), w.stride(1), first.stride(0) if then is None else whole,
             SIZES=axes, OUT=strides, NAXES=len(axes), PER=per,
             B=step.before[b], A=step.before[a], OUT_B=step.after[b], OUT_A=step.after[a],
             WIDTH=_width(first, step.after) if then is None else 0, HAS_D=d is not None,
@@ -535,7 +536,8 @@ def _chunks(M: int, steps: list[Gate]) -> Iterator[slice]:
     """The tokens, so many at a time that an activation has CHUNK_ELEMENTS numbers."""
     widest = max(math.prod(sizes) for g in steps for sizes in (g.before, g.after))
     count = cdiv(M, max(16, CHUNK_ELEMENTS // widest))
-    size = cdiv(M, max(count, 1))  # of about the same size: the last one fills the device too
+    # Of about the same size, that the last one fills the device too; whole vectors of rows.
+    size = cdiv(cdiv(M, max(count, 1)), 16) * 16
     return (slice(start, min(start + size, M)) for start in range(0, M, max(size, 1)))
 
 
