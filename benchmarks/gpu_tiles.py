@@ -19,7 +19,7 @@ Call = Callable[[int, Tile], list[Tensor]]  # with the number of a set of inputs
 # Changes to the tile of the architecture's table, which is always tried too.
 CHANGES: dict[str, list[Tile]] = {
     "narrow": [
-        {"by": "cublas"}, {"BK": 64}, {"num_stages": 3}, {"BK": 64, "num_stages": 5}, {"BM": 32},
+        {"by": "cublas"}, {"BK": 64}, {"num_stages": 3}, {"BK": 64, "num_stages": 5},
     ],
     "gemm": [
         {"num_stages": 3}, {"EPILOGUE": 1, "num_stages": 3}, {"GROUP_M": 4},
