@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PARTS = {"ceilings", "check", "sanitize", "tune", "lora", "dora", "quanta", "head", "block"}
 KERNELS = {"narrow", "gemm", "dy_pass", "over_rows", "dora_norm", "dora_epilogue", "gate",
-           "gate_grad", "chain3", "chain4", "logprob", "lora_forward", "lora_backward",
+           "chain3", "chain4", "inputs3", "inputs4", "logprob", "lora_forward", "lora_backward",
            "dora_forward"}  # fmt: skip
 CPU = torch.device("cpu")
 
