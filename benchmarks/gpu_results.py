@@ -38,6 +38,9 @@ def output(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+SOURCES = ("kernels", "structadapt", "benchmarks")
+
+
 def versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
@@ -54,7 +57,8 @@ def device_name(device: torch.device) -> str:
 
 def machine(device: torch.device, commit: str = "") -> dict[str, Any]:
     """Where and with what the numbers are made."""
-    changed = output("git", "status", "--porcelain", "--", "kernels", "structadapt", "benchmarks")
+    # Of a named commit, git may know nothing where this runs.
+    changed = "" if commit else output("git", "diff", "--name-only", "HEAD", "--", *SOURCES)
     found: dict[str, Any] = {
         "device": device_name(device),
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -63,7 +67,7 @@ def machine(device: torch.device, commit: str = "") -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(),
         "commit": commit or output("git", "rev-parse", "--short=12", "HEAD") or "unknown",
-        "changed": sorted(line[3:] for line in changed.splitlines()),
+        "changed": sorted(changed.splitlines()),
         "date": date.today().isoformat(),
     }  # fmt: skip
     if device.type == "cuda":
