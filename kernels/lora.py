@@ -12,11 +12,12 @@ leaves its parts in fp32, and `sum_parts` adds them in order, so every run gives
 
 Two plans for a product with a low-rank part, by the table: "cublas" writes the low-rank product
 first and lets cuBLAS add x W^T onto it, so that the output is rounded once more only in the size of
-the update; "triton" does both in one kernel.
+the update and the bias; "triton" does both in one kernel.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -328,8 +329,10 @@ def digits(
 
 
 def by_cublas(tile: Tile, x: Tensor) -> bool:
-    """Whether the table leaves a product of 16-bit numbers to cuBLAS, whose sum is in fp32 too."""
-    return tile.get("by") == "cublas" and x.is_cuda and x.element_size() == 2 and FP32_OUT
+    """Whether cuBLAS does a product: by the table, or in fp32, whose tiles fit no shared memory."""
+    if not x.is_cuda:
+        return False
+    return x.element_size() == 4 or (tile.get("by") == "cublas" and FP32_OUT)
 
 
 def narrow(x: Tensor, w: Tensor, tile: Tile | None = None) -> Tensor:
@@ -415,7 +418,8 @@ def over_rows(
         return out.zero_()
     if by_cublas(tile, z):
         pair = (h.T, z) if transposed else (z.T, h)
-        found = torch.mm(*pair, out_dtype=torch.float32)
+        wide: dict[str, Any] = {} if z.element_size() == 4 else {"out_dtype": torch.float32}
+        found = torch.mm(*pair, **wide)
         if factor != 1.0:
             found.mul_(factor)
         if scale is not None:
@@ -497,6 +501,8 @@ def _parts(
 
 def plan(op: str, x: Tensor, W: Tensor, rank: int) -> str:
     """`cublas` or `triton`, by the table: for "lora_forward", "lora_backward", "dora_forward"."""
+    if x.is_cuda and x.element_size() == 4:
+        return "cublas"  # fp32 tiles fit no shared memory, and their descriptors' products are tf32
     M, (N, K) = x.shape[0], W.shape
     return str(_launch.tile(op, x.device, rank=rank, M=M, N=N, K=K)["plan"])
 
@@ -543,7 +549,8 @@ def lora_backward(
     dx = dA = None
     if needs[0]:
         by = plan("lora_backward", X, W, A.shape[0])
-        dx = product(dY, W, present(dS), A.to(dy.dtype).contiguous(), None, by).view(x.shape)
+        low = readable(A.to(dy.dtype))
+        dx = product(dY, W, present(dS), low, None, by).view(x.shape)
     dW = (dY.T @ X).to(W.dtype) if needs[1] else None
     dbias = dY.sum(0) if needs[2] else None
     if needs[3]:

@@ -10,8 +10,8 @@ will read rows, so nothing is permuted on the way, and the gradient of a gate is
     gate       one gate, square or rectangular, forward or (by the strides of w) transposed
     chain      all gates of 16 x 16 x 16 or 8 x 8 x 8 x 8, a few tokens a program, on chip
 
-With `minus_eye` the identity gates E (crop or zero-pad) are taken off: D = G - E, formed in the
-dtype of the gates and rounded once. Between the gates go the activation and the total of what they
+With `minus_eye` the identity gates E (crop or zero-pad) are taken off: D = G - E, formed in fp32
+and rounded once. Between the gates go the activation and the total of what they
 have added,
 
     t' = E t + D t,    d' = E d + D t,    at the end d = T x - E x,

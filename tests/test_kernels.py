@@ -135,8 +135,9 @@ def test_the_norm(N, K, rank, dtype, size):
     norm = dora.dora_norm(W, A, B, 2.0)
     low = 2 * B.double() @ A.double()
     ref = (W.double() + low).norm(dim=1)
-    digits = 2**-17 if dtype == BF16 else 2**-24  # of A and B, in the low-rank term alone
-    bound = 5e-7 * K**0.5 + digits * low.norm(dim=1) / ref
+    digits = 2**-15 if dtype == BF16 else 2**-22  # of A and B, in the low-rank term alone
+    terms = 2 * B.abs().double() @ A.abs().double()
+    bound = 5e-7 * K**0.5 + digits * terms.norm(dim=1) / ref
     assert ((norm.double() - ref).abs() / ref <= bound).all()
     lean_norm = lean.dora_norm(W, A, B, 2.0)
     assert ((norm - lean_norm).abs() / lean_norm <= bound).all()
