@@ -24,6 +24,7 @@ from structadapt.kernels.lora import (
     gemm,
     narrow,
     over_rows,
+    parts_of,
     plan,
     present,
     product,
@@ -164,9 +165,7 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float, tile: Tile | None =
     RO, n = cdiv(R, blocks["BR"]) * blocks["BR"], DIGITS.get(W.dtype, 3)
     a, b = digits(A, n, (RO, K), 1.0), digits(B, n, (N, RO), scale)
     grid = cdiv(N, blocks["BN"])
-    parts = _launch.splits(K, 2 * blocks["BK"], grid, W.device, tile.get("waves", 2))
-    span = cdiv(cdiv(K, parts), blocks["BK"]) * blocks["BK"]
-    parts = cdiv(K, span)
+    parts, span = parts_of(K, blocks["BK"], grid, W.device, tile.get("waves", 2))
     squares = torch.empty(parts, N, dtype=torch.float32, device=W.device)
     _launch.run(
         dora_norm_kernel, (grid, parts),

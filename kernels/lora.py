@@ -349,7 +349,7 @@ def narrow(x: Tensor, w: Tensor, tile: Tile | None = None) -> Tensor:
     blocks, launch = _launch.split(tile)
     blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
     grid_m, grid_r = cdiv(M, blocks["BM"]), cdiv(R, blocks["BR"])
-    parts, span = _parts(K, 2 * blocks["BK"], grid_m * grid_r, x.device)
+    parts, span = parts_of(K, 2 * blocks["BK"], grid_m * grid_r, x.device)
     target = out if parts == 1 else x.new_empty(parts, M, RO, dtype=torch.float32)
     _launch.run(
         narrow_kernel, (grid_m, grid_r, parts),
@@ -428,7 +428,7 @@ def over_rows(
     blocks, launch = _launch.split(tile)
     blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
     grid = cdiv(C, blocks["BC"]), cdiv(R, blocks["BR"])
-    parts, span = _parts(M, blocks["BM"], grid[0] * grid[1], z.device)
+    parts, span = parts_of(M, blocks["BM"], grid[0] * grid[1], z.device)
     target = z.new_empty(parts, *out.shape, dtype=torch.float32)
     soc, sor = (1, C) if transposed else (R, 1)
     _launch.run(
@@ -469,7 +469,7 @@ def dy_pass(
         dg = None if y is None else torch.zeros(N, **fp32)
         return FromDY(dS[:, :R], dB.zero_(), gdY, dg)
     stripes = cdiv(N, blocks["BN"])
-    parts, span = _parts(M, blocks["BM"], stripes, dY.device, tile.get("waves", 2))
+    parts, span = parts_of(M, blocks["BM"], stripes, dY.device, tile.get("waves", 2))
     part_s = torch.empty(stripes, M, RO, **fp32)
     part_b = torch.empty(parts, N, R, **fp32)
     part_g = None if y is None else torch.empty(parts, N, **fp32)
@@ -488,7 +488,7 @@ def dy_pass(
     return FromDY(dS[:, :R], dB, gdY, dg)
 
 
-def _parts(
+def parts_of(
     rows: int, block: int, others: int, device: torch.device, waves: int = 2
 ) -> tuple[int, int]:
     """(how many parts, rows of each) for a sum over `rows`."""
@@ -521,10 +521,10 @@ def scaled(B: Tensor, scale: float, dtype: torch.dtype, g: Tensor | None = None)
     return digits(B, 1, (N, cdiv(R, 8) * 8), scale, dtype, g)[0, :, :R]
 
 
-def padded(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def padded(t: Tensor) -> Tensor:
     """A copy of t (n, R) whose rows start at multiples of 16 bytes."""
     n, R = t.shape
-    return t.new_empty(n, cdiv(R, 8) * 8, dtype=dtype or t.dtype)[:, :R].copy_(t)
+    return t.new_empty(n, cdiv(R, 8) * 8)[:, :R].copy_(t)
 
 
 def lora_forward(
