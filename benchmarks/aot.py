@@ -25,7 +25,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "aot.json"
-SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a block can have
+# Bytes that a block can have; for the first those of sm_86, sm_89 and sm_120, which take its table.
+SHARED = {80: 101376, 90: 232448, 100: 232448}
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # what a large product must use
 Record = dict[str, Any]
 
@@ -33,13 +34,14 @@ Record = dict[str, Any]
 # -- the stand-in driver ---------------------------------------------------------------------------
 
 
-def pretend(arch: int) -> list[Record]:
-    """Install a driver without a device; the list gets a record for every kernel compiled."""
+def pretend(arch: int) -> tuple[list[Record], list[None]]:
+    """Install a driver without a device; the lists get a record for every kernel compiled, and an
+    item for every launch."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
 
-    log: list[Record] = []
+    log, launches = [], []
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
     class Utils:
@@ -60,7 +62,7 @@ def pretend(arch: int) -> list[Record]:
         utils = Utils()
 
         def launcher_cls(self, source: Any, metadata: Any) -> Any:
-            return lambda *args, **kwargs: None
+            return lambda *args, **kwargs: launches.append(None)
 
         def get_current_target(self) -> Any:
             return GPUTarget("cuda", arch, 32)
@@ -78,7 +80,7 @@ def pretend(arch: int) -> list[Record]:
             return torch.cpu
 
     triton.runtime.driver.set_active(Driver())  # type: ignore[arg-type]
-    return log
+    return log, launches
 
 
 def read(tools: Path, name: str, cubin: bytes) -> Record:
@@ -151,7 +153,8 @@ def chosen(kernel: str, arch: int, rank: int, **more: int) -> list[Record]:
 
 def cases(arch: int) -> dict[str, Any]:
     """{name: a call of a launch function}."""
-    return low_rank_cases(arch) | quanta_cases(arch) | logprob_cases(arch)
+    halves = {f"{k} fp16": v for k, v in quanta_cases(arch, half=True).items() if "16^3" in k}
+    return low_rank_cases(arch) | quanta_cases(arch) | halves | logprob_cases(arch)
 
 
 RANKS = (16, 32, 64, 128, 256)
@@ -163,48 +166,54 @@ def low_rank_cases(arch: int) -> dict[str, Any]:
 
     from structadapt.kernels import dora, lora
 
-    def bf16(*shape: int) -> Any:
-        return torch.empty(shape, dtype=torch.bfloat16)
-
-    M, N, K = 512, 1024, 2048
-    x, dY, W, g, bias = bf16(M, K), bf16(M, N), bf16(N, K), torch.empty(N), bf16(N)
+    M, N, K, g = 512, 1024, 2048, torch.empty(1024)
     found: dict[str, Any] = {}
-    for rank in RANKS:
-        A, B, h = bf16(rank, K), bf16(N, rank), bf16(M, rank)
+    halves = [(rank, torch.float16) for rank in (16, 256)]
+    for rank, dtype in [*((rank, torch.bfloat16) for rank in RANKS), *halves]:
+        x, dY, W, A, B, h, bias, y = (
+            torch.empty(shape, dtype=dtype)
+            for shape in ((M, K), (M, N), (N, K), (rank, K), (N, rank), (M, rank), (N,), (M, N))
+        )
+        name = f" r={rank}" + " fp16" * (dtype == torch.float16)
 
-        def add(kernel: str, label: str, call: Any, rank: int = rank, **more: int) -> None:
+        def add(
+            kernel: str, label: str, call: Any, rank: int = rank, name: str = name, **more: int
+        ) -> None:
             for i, tile in enumerate(chosen(kernel, arch, rank, **more)):
-                found[f"{kernel}{label} r={rank} #{i}"] = lambda tile=tile: call(tile)
+                found[f"{kernel}{label}{name} #{i}"] = lambda tile=tile: call(tile)
 
-        add("narrow", " x A^T", lambda t, A=A: lora.narrow(x, A.T, t))
-        add("narrow", " dY B", lambda t, B=B: lora.narrow(dY, B, t))
-        add("gemm", " y", lambda t, h=h, B=B: lora.gemm(x, W.T, h, B.T, None, None, t))
-        add("gemm", " y g bias", lambda t, h=h, B=B: lora.gemm(x, W.T, h, B.T, bias, g, t))
-        add("gemm", " dx", lambda t, h=h, A=A: lora.gemm(dY, W, h, A, None, None, t))
-        add("over_rows", " dA", lambda t, h=h, A=A: lora.over_rows(
-            x, h, torch.empty(A.shape), transposed=True, tile=t))  # fmt: skip
-        add("dora_norm", "", lambda t, A=A, B=B: dora.dora_norm(W, A, B, 1.5, t))
-        add("dora_epilogue", "", lambda t, h=h, B=B: dora.dora_epilogue(dY, h, B, bias, g, t))
+        add("narrow", " x A^T", partial(lora.narrow, x, A.T))
+        add("narrow", " dY B", partial(lora.narrow, dY, B))
+        add("gemm", " y", partial(lora.gemm, x, W.T, h, B.T, None, None))
+        add("gemm", " y g bias", partial(lora.gemm, x, W.T, h, B.T, bias, g))
+        add("gemm", " dx", partial(lora.gemm, dY, W, h, A, None, None))
+        dA = partial(lora.over_rows, x, h, torch.empty(A.shape), transposed=True)
+        add("over_rows", " dA", lambda t, f=dA: f(tile=t))
+        dB = partial(lora.over_rows, dY, h, torch.empty(B.shape), transposed=False)
+        add("over_rows", " dB", lambda t, f=dB: f(tile=t))
+        add("dora_norm", "", partial(dora.dora_norm, W, A, B, 1.5))
+        add("dora_epilogue", "", partial(dora.dora_epilogue, dY, h, B, bias, g))
         if rank <= lora.SPLIT_RANK:
             plain = partial(lora.dy_pass, dY, B, h, 1.5)
             add("dy_pass", "", lambda t, f=plain: f(tile=t), gain=1)
-            gained = partial(lora.dy_pass, dY, B, h, 1.5, g, bf16(M, N), bias)
+            gained = partial(lora.dy_pass, dY, B, h, 1.5, g, y, bias)
             add("dy_pass", " g y bias", lambda t, f=gained: f(tile=t), gain=2)
-    A, B, h = bf16(16, K), bf16(N, 16), bf16(M, 16)
-    found["dora_small_gain"] = lambda: dora.dora_small_gain(dY, x, h, W, B, g, torch.empty(N))
-    found["digits"] = lambda: lora.digits(torch.empty(16, K), 2, (16, K), 1.0)
-    found["sum_parts"] = lambda: lora.sum_parts(torch.empty(4, N, 16), torch.empty(N, 16), 1.5, g)
+        found[f"dora_lost{name}"] = partial(
+            dora.gain_gradient, dY, x, h, W, B, bias, g, y, torch.empty(4, N)
+        )
     return found
 
 
-def quanta_cases(arch: int) -> dict[str, Any]:
-    """QuanTA's kernels with the tiles that each size of gate takes."""
+def quanta_cases(arch: int, half: bool = False) -> dict[str, Any]:
+    """QuanTA's kernels with the tiles that each size of gate takes, in bf16 or `half` precision."""
     import torch
 
     from structadapt.kernels import _launch, quanta, reference
 
-    def bf16(*shape: int) -> Any:
-        return torch.empty(shape, dtype=torch.bfloat16)
+    dtype = torch.float16 if half else torch.bfloat16
+
+    def number(*shape: int) -> Any:
+        return torch.empty(shape, dtype=dtype)
 
     def chain(before: tuple[int, ...], after: tuple[int, ...]) -> list[quanta.Gate]:
         sizes, gates = list(before), []
@@ -215,7 +224,7 @@ def quanta_cases(arch: int) -> dict[str, Any]:
                 if not any(axis in pair for pair in pairs[k + 1 :]):
                     sizes[axis] = after[axis]
             gates.append(torch.empty(sizes[b], sizes[a], *old))
-        return quanta.chain_of(gates, torch.bfloat16, minus_eye=True)
+        return quanta.chain_of(gates, dtype, minus_eye=True)
 
     M = 64
     found: dict[str, Any] = {}
@@ -232,8 +241,8 @@ def quanta_cases(arch: int) -> dict[str, Any]:
     def gate_case(label: str, steps: list[quanta.Gate], k: int, total: bool) -> None:
         step = steps[k]
         K, width = step.matrix.shape[1], math.prod(step.after)
-        t = bf16(M * math.prod(step.before) // K, K)
-        out, d_out = bf16(M, width), bf16(M, width) if total else None
+        t = number(M * math.prod(step.before) // K, K)
+        out, d_out = number(M, width), number(M, width) if total else None
         then = steps[k + 1].pair if k + 1 < len(steps) else None
         wanted = {**step.tiles_for, "sources": 1 + total}
         call = partial(quanta.gate, t, step, t if total else None, out, d_out, True, then)
@@ -252,8 +261,8 @@ def quanta_cases(arch: int) -> dict[str, Any]:
                 label = f"{name} {pair}" + " + d" * total
                 gate_case(label, steps, k, total)
                 gate_case(f"{label} T", quanta.transposed(steps), len(steps) - 1 - k, total)
-    found["turn 16^3 01"] = partial(quanta.turn, bf16(M, 4096), (16,) * 3, (0, 1))
-    x, y = bf16(M, 4096), bf16(M, 4096)
+    found["turn 16^3 01"] = partial(quanta.turn, number(M, 4096), (16,) * 3, (0, 1))
+    x, y = number(M, 4096), number(M, 4096)
     for name, kernel in (("16^3", "chain3"), ("8^4", "chain4")):
         for label, minus_eye, out, keep in (
             ("", False, y, False), ("-E", True, y, False), ("inputs", False, None, True),
@@ -289,20 +298,28 @@ def compile_all(arch: int, only: str) -> list[Record]:
     from structadapt.kernels import _launch
 
     _launch.architecture = lambda device: arch  # type: ignore[assignment]
-    log = pretend(arch)
+    log, launches = pretend(arch)
     records = []
     for name, call in cases(arch).items():
         if only in name:
-            before = len(log)
+            before, launched = len(log), len(launches)
             try:
                 call()
                 new = log[before:]
+                assert len(launches) > launched, "it launches nothing"
             except Exception as error:  # too much shared memory, say: a row of its own
-                new = [{"kernel": "", "error": f"{type(error).__name__}: {str(error)[:200]}"}]
-            helpers = {"sum_parts_kernel": "sum_parts", "digits_kernel": "digits"}
-            own = [r for r in new if helpers.get(r["kernel"], name) == name]
+                new = [{"kernel": "", "error": f"{type(error).__name__}: {str(error)[-300:]}"}]
+            own = [r for r in new if r["kernel"] not in HELPERS]
             records += [{"case": name, "arch": arch, **r} for r in own]
+    if not only:  # every form that the cases needed
+        for helper in HELPERS:
+            forms = [r for r in log if r["kernel"] == helper]
+            assert forms, helper
+            records += [{"case": f"{helper} #{i}", "arch": arch, **r} for i, r in enumerate(forms)]
     return records
+
+
+HELPERS = ("sum_parts_kernel", "digits_kernel", "matrix_kernel")  # launched by many of the others
 
 
 # -- the gate --------------------------------------------------------------------------------------

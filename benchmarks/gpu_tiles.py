@@ -179,7 +179,7 @@ def _dy_pass(M: int, N: int, r: int, gain: int) -> Tunable:
                 every = lora.low_gradients(dY[i], b, h, SCALE, True, True, tile)
             else:
                 found = lora.dy_pass(dY[i], b, h, SCALE, *more, tile=tile)
-                every = found.dS, found.dB, found.gdY, found.dg
+                every = found.dS, found.dB, found.gdY, found.parts_g
             return [t for t in every if t is not None]
 
         return call

@@ -144,10 +144,13 @@ def misfit(*tensors: Tensor | None) -> str | None:
         if t.dim() and t.stride(-1) != 1 and t.shape[-1] > 1:
             return f"a tensor {tuple(t.shape)} has strides {t.stride()}: the last has to be 1"
         numbers = 16 // t.element_size()
-        if any(s % numbers for s in t.stride()[:-1]):
+        if any(
+            s % numbers or (not s and n > 1)
+            for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True)
+        ):
             return (
                 f"a tensor {tuple(t.shape)} has strides {t.stride()}: all but the last have to be "
-                f"multiples of {numbers} numbers (16 bytes)"
+                f"positive multiples of {numbers} numbers (16 bytes)"
             )
         if not torch.compiler.is_compiling() and t.data_ptr() % 16:
             return f"a tensor {tuple(t.shape)} does not start at a multiple of 16 bytes"

@@ -2,8 +2,9 @@
 
 The functions at the end have the signatures of their twins in `lean.py`. Held for the backward: x,
 h = x A^T and the output y itself, which the next operation mostly keeps alive anyway: the gradient
-of g is the sum of dY (y - bias) / g. Where |g| is so small that y has lost the digits of what g
-multiplied, those columns are worked out again. The magnitude is applied in fp32 in the epilogue.
+of g is the sum of dY (y - bias) / g. Where |g| is so small, or the bias so large, that y has lost
+the digits of what g multiplied, those columns are worked out again. The magnitude is applied in
+fp32 in the epilogue.
 """
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from structadapt.kernels import _launch
 from structadapt.kernels._launch import Tile, cdiv, power_of_2
-from structadapt.kernels.lean import Grads, flat, shaped
+from structadapt.kernels.lean import LARGE_BIAS, Grads, flat, shaped
 from structadapt.kernels.lora import (
     PRECISION,
     SMALL_GAIN,
@@ -112,44 +113,58 @@ def dora_epilogue_kernel(
 
 
 @triton.jit
-def dora_small_gain_kernel(
-    dy, x, h, w, b, g, dg, M, K, R, sdm, sxm, shm, swn, sbn, SMALL: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+def dora_lost_kernel(
+    dy, x, h, w, b, bias, g, y, parts, M, N, K, R, span, step,
+    sdm, sxm, shm, swn, sbn, sym, HAS_BIAS: tl.constexpr, SMALL: tl.constexpr, LARGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dg[n] = sum_m dy[m, n] (x[m] . w[n] + h[m] . b[n]) for a column with |g| < SMALL.
+    """parts[part, n] = sum over the part's m of dy[m, n] (x[m] . w[n] + h[m] . b[n])
 
-    Every other program leaves at once: a gain near 0 is rare.
+    for the columns whose output lost what g multiplied: |g| < SMALL, or a bias LARGE times the mean
+    |y - bias| of BM rows, `step` apart. Programs without such a column leave at once.
     """
-    n = tl.program_id(0).to(tl.int64)
-    if tl.abs(tl.load(g + n).to(tl.float32)) >= SMALL:
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    part = tl.program_id(1)
+    columns = n < N
+    lost = tl.abs(tl.load(g + n, mask=columns, other=1.0).to(tl.float32)) < SMALL
+    if HAS_BIAS:
+        m = tl.arange(0, BM) * step
+        sample = (m < M)[:, None] & columns[None, :]
+        shift = tl.load(bias + n, mask=columns, other=0.0).to(tl.float32)
+        out = tl.load(y + m.to(tl.int64)[:, None] * sym + n[None, :], mask=sample, other=0.0)
+        out = tl.where(sample, tl.abs(out.to(tl.float32) - shift[None, :]), 0.0)
+        typical = tl.sum(out, 0) / tl.sum((m < M).to(tl.float32), 0)
+        lost |= tl.abs(shift) > LARGE * typical
+    if tl.sum(lost.to(tl.int32), 0) == 0:
         return
     k, r = tl.arange(0, BK), tl.arange(0, BR)
-    total = 0.0
-    for m0 in range(0, M, BM):
+    long = n.to(tl.int64)[:, None]
+    total = tl.zeros((BN,), tl.float32)
+    first = part * span
+    last = tl.minimum(first + span, M)
+    for m0 in range(first, last, BM):
         m = m0 + tl.arange(0, BM)
-        rows = m < M
-        long = m.to(tl.int64)[:, None]
-        u = tl.zeros((BM,), tl.float32)
+        rows = (m < last)[:, None]
+        at = m.to(tl.int64)[:, None]
+        u = tl.zeros((BM, BN), tl.float32)
         for k0 in range(0, K, BK):
-            inside = k < K - k0
-            p = tl.load(
-                x + long * sxm + k0 + k[None, :], mask=rows[:, None] & inside[None, :], other=0.0
-            )
-            q = tl.load(w + n * swn + k0 + k, mask=inside, other=0.0)
-            u += tl.sum(p.to(tl.float32) * q.to(tl.float32)[None, :], 1)
+            inside = (k < K - k0)[None, :]
+            p = tl.load(x + at * sxm + k0 + k[None, :], mask=rows & inside, other=0.0)
+            q = tl.load(w + long * swn + k0 + k[None, :], mask=columns[:, None] & inside, other=0.0)
+            u = tl.dot(p, q.T, u, input_precision=PRECISION)
         for r0 in range(0, R, BR):
-            inside = r < R - r0
-            p = tl.load(
-                h + long * shm + r0 + r[None, :], mask=rows[:, None] & inside[None, :], other=0.0
-            )
-            q = tl.load(b + n * sbn + r0 + r, mask=inside, other=0.0)
-            u += tl.sum(p.to(tl.float32) * q.to(tl.float32)[None, :], 1)
-        d = tl.load(dy + m.to(tl.int64) * sdm + n, mask=rows, other=0.0).to(tl.float32)
-        total += tl.sum(d * u)
-    tl.store(dg + n, total)
+            inside = (r < R - r0)[None, :]
+            p = tl.load(h + at * shm + r0 + r[None, :], mask=rows & inside, other=0.0)
+            q = tl.load(b + long * sbn + r0 + r[None, :], mask=columns[:, None] & inside, other=0.0)
+            u = tl.dot(p, q.T, u, input_precision=PRECISION)
+        d = tl.load(dy + at * sdm + n[None, :], mask=rows & columns[None, :], other=0.0)
+        total += tl.sum(d.to(tl.float32) * u, 0)
+    tl.store(parts + part.to(tl.int64) * N + n, total, mask=columns & lost)
 
 
 # -- launches --------------------------------------------------------------------------------------
+
 
 # bf16 numbers that A and B are written as, for the tensor cores: two have 16 bits, so that B A is
 # off by at most 2^-15 of |B| |A|, less than the rounding of W in bf16; three have all of fp32.
@@ -161,8 +176,10 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float, tile: Tile | None =
     (N, K), R = W.shape, A.shape[0]
     tile = tile or _launch.tile("dora_norm", W.device, rank=R, N=N, K=K)
     blocks, launch = _launch.split(tile)
-    blocks["BR"] = min(blocks["BR"], power_of_2(R, 16))
-    RO, n = cdiv(R, blocks["BR"]) * blocks["BR"], DIGITS.get(W.dtype, 3)
+    n = DIGITS.get(W.dtype, 3)
+    widest = blocks["BR"] if n == 2 else max(blocks["BR"] // 2, 16)  # a third one takes registers
+    blocks["BR"] = min(widest, power_of_2(R, 16))
+    RO = cdiv(R, blocks["BR"]) * blocks["BR"]
     a, b = digits(A, n, (RO, K), 1.0), digits(B, n, (N, RO), scale)
     grid = cdiv(N, blocks["BN"])
     parts, span = parts_of(K, blocks["BK"], grid, W.device, tile.get("waves", 2))
@@ -193,17 +210,26 @@ def dora_epilogue(
     return base
 
 
-def dora_small_gain(
-    dY: Tensor, X: Tensor, h: Tensor, W: Tensor, b: Tensor, g: Tensor, dg: Tensor
-) -> Tensor:
-    """The gradient of every g with |g| < SMALL_GAIN, into dg (N,)."""
-    (M, N), K, R = dY.shape, X.shape[1], h.shape[1]
+def gain_gradient(
+    dY: Tensor, X: Tensor, h: Tensor, W: Tensor, b: Tensor, bias: Tensor | None, g: Tensor,
+    y: Tensor, parts: Tensor,
+) -> Tensor:  # fmt: skip
+    """(N,): the sum of `parts` (P, N), worked out again for columns of which y holds too little.
+
+    X (M, K), h (M, R), b (N, R) the scaled B, y (M, N) the output, `parts` as `dy_pass` leaves it.
+    """
+    (M, N), K, R, P = dY.shape, X.shape[1], h.shape[1], parts.shape[0]
+    if not M:
+        return parts.sum(0)
+    blocks = {"BM": 64, "BN": 16, "BK": 64, "BR": 16}
     _launch.run(
-        dora_small_gain_kernel, (N,),
-        dY, X, h, W, b, g, dg, M, K, R, dY.stride(0), X.stride(0), h.stride(0), W.stride(0),
-        b.stride(0), SMALL=SMALL_GAIN, BM=32, BK=128, BR=16, num_warps=4,
+        dora_lost_kernel, (cdiv(N, blocks["BN"]), P),
+        dY, X, h, W, b, y if bias is None else bias.contiguous(), g, y, parts, M, N, K, R,
+        cdiv(M, P), cdiv(M, blocks["BM"]), dY.stride(0), X.stride(0), h.stride(0), W.stride(0),
+        b.stride(0), y.stride(0), HAS_BIAS=bias is not None, SMALL=SMALL_GAIN, LARGE=LARGE_BIAS,
+        PRECISION=PRECISION, **blocks, num_warps=4,
     )  # fmt: skip
-    return dg
+    return sum_parts(parts, parts.new_empty(N))
 
 
 # -- the op ----------------------------------------------------------------------------------------
@@ -232,7 +258,7 @@ def dora_backward(
     b = scaled(B, scale, dy.dtype)
     gb = scaled(B, scale, dy.dtype, g)
     found = _read_dy(dY, gb, h, scale, g, flat(y) if needs[5] else None, bias)
-    dx = dA = None
+    dx = dA = dg = None
     if needs[0]:
         by = plan("lora_backward", X, W, A.shape[0])
         low = readable(A.to(dy.dtype))
@@ -242,7 +268,8 @@ def dora_backward(
     if needs[3]:
         dA = over_rows(X, found.dS, A.new_empty(A.shape), transposed=True)
     dB = found.dB.to(B.dtype) if needs[4] else None
-    dg = dora_small_gain(dY, X, h, W, b, g, present(found.dg)).to(g.dtype) if needs[5] else None
+    if needs[5]:
+        dg = gain_gradient(dY, X, h, W, b, bias, g, flat(y), present(found.parts_g)).to(g.dtype)
     return dx, dW, dbias, dA, dB, dg
 
 
@@ -257,4 +284,4 @@ def _read_dy(
     part = dy_pass(dY, b, h1, scale, g, y, bias)
     out = torch.empty(gb.shape, dtype=torch.float32, device=gb.device)
     dB = over_rows(dY, h, out, transposed=False, factor=scale, scale=g)
-    return FromDY(narrow(dY, gb), dB, part.gdY, part.dg)
+    return FromDY(narrow(dY, gb), dB, part.gdY, part.parts_g)

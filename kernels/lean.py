@@ -20,6 +20,7 @@ from structadapt.kernels import reference
 Grads = tuple[Tensor | None, ...]
 Tensors = Sequence[Tensor]
 CHUNK_ELEMENTS = 2**18  # of a norm's rows: a chunk stays in cache
+LARGE_BIAS = 4.0  # times g u: beside it a 16-bit output holds too few digits of g u
 FEW = 8  # rows of x, as in decoding: casting A and B would cost more than multiplying by them
 
 
@@ -172,9 +173,25 @@ def dora_backward(
     dY, dx_needs = flat(dy), (needs[0], needs[1], False, needs[3], needs[4])
     dx, dW, _, dA, dB = lora_backward(_times(dy, g), x, h, W, A, B, scale, dx_needs)
     dbias = dY.sum(0) if needs[2] else None
-    if needs[5]:
-        v = flat(u) if bias is None else flat(u) - bias.to(u.dtype)
-        dg = (dY * v).sum(0, dtype=g.dtype)
-    else:
-        dg = None
+    dg = _gain_gradient(dY, x, h, flat(u), W, bias, B, g, scale) if needs[5] else None
     return dx, dW, dbias, dA, dB, dg
+
+
+def _gain_gradient(
+    dY: Tensor, x: Tensor, h: Tensor, u: Tensor, W: Tensor, bias: Tensor | None, B: Tensor,
+    g: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    """(N,): the sum of dY (u - bias), the product worked out again beside a large bias."""
+    if bias is None:
+        return (dY * u).sum(0, dtype=g.dtype)
+    v = u - bias.to(u.dtype)
+    dg = (dY * v).sum(0, dtype=g.dtype)
+    if dY.element_size() > 2 or (dY.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return dg  # fp32 has digits enough; in a capture nothing can be decided
+    lost = bias.abs().float() > LARGE_BIAS * v.abs().mean(0, dtype=torch.float32)
+    columns = lost.nonzero()[:, 0]
+    if len(columns):
+        v = flat(x) @ W[columns].to(x.dtype).T
+        v.addmm_(h.to(x.dtype), B[columns].to(x.dtype).T, alpha=scale)
+        dg[columns] = (dY[:, columns] * v).sum(0, dtype=g.dtype)
+    return dg

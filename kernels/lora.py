@@ -17,7 +17,6 @@ the update and the bias; "triton" does both in one kernel.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -293,7 +292,7 @@ def digits_kernel(
 # -- launches --------------------------------------------------------------------------------------
 
 FP32_OUT = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm(..., out_dtype=): from torch 2.8 on
-PRECISION = "ieee"  # of fp32 operands; bf16 and fp16 multiply exactly whatever it is
+PRECISION = "ieee"  # of the fp32 operands of the interpreter and of `digits` alone
 SPLIT_RANK = 64  # the largest rank that the one pass over dY keeps in registers
 
 
@@ -329,10 +328,13 @@ def digits(
 
 
 def by_cublas(tile: Tile, x: Tensor) -> bool:
-    """Whether cuBLAS does a product: by the table, or in fp32, whose tiles fit no shared memory."""
-    if not x.is_cuda:
-        return False
-    return x.element_size() == 4 or (tile.get("by") == "cublas" and FP32_OUT)
+    """Whether the table gives a product to cuBLAS."""
+    return x.is_cuda and tile.get("by") == "cublas" and FP32_OUT
+
+
+def wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32."""
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def narrow(x: Tensor, w: Tensor, tile: Tile | None = None) -> Tensor:
@@ -417,9 +419,7 @@ def over_rows(
     if not M:
         return out.zero_()
     if by_cublas(tile, z):
-        pair = (h.T, z) if transposed else (z.T, h)
-        wide: dict[str, Any] = {} if z.element_size() == 4 else {"out_dtype": torch.float32}
-        found = torch.mm(*pair, **wide)
+        found = wide_mm(h.T, z) if transposed else wide_mm(z.T, h)
         if factor != 1.0:
             found.mul_(factor)
         if scale is not None:
@@ -446,7 +446,7 @@ class FromDY:
     dS: Tensor  # (M, R) = dY b, in the dtype of dY
     dB: Tensor  # (N, R) = factor * g * dY^T h, in fp32
     gdY: Tensor | None  # (M, N) = g dY
-    dg: Tensor | None  # (N,) = sum over rows of dY (y - bias) / g where |g| >= SMALL_GAIN, else 0
+    parts_g: Tensor | None  # (P, N): sums of dY (y - bias) / g where |g| >= SMALL_GAIN, else 0
 
 
 SMALL_GAIN = 0.0625  # below it the output holds too few digits of what g multiplied
@@ -456,7 +456,7 @@ def dy_pass(
     dY: Tensor, b: Tensor, h: Tensor, factor: float, g: Tensor | None = None,
     y: Tensor | None = None, bias: Tensor | None = None, tile: Tile | None = None,
 ) -> FromDY:  # fmt: skip
-    """dS, dB and with g also g dY, and with y the gradient of g; b (N, R), h (M, R), R <= 64."""
+    """dS, dB, with g also g dY, with y the gradient of g in parts; b (N, R), h (M, R), R <= 64."""
     (M, N), R = dY.shape, b.shape[1]
     sizes = {"rank": R, "M": M, "N": N, "gain": 1 if g is None else 2}
     tile = tile or _launch.tile("dy_pass", dY.device, **sizes)
@@ -466,8 +466,8 @@ def dy_pass(
     gdY = None if g is None else torch.empty_like(dY)
     dS, dB = dY.new_empty(M, RO), torch.empty(N, R, **fp32)
     if not M:
-        dg = None if y is None else torch.zeros(N, **fp32)
-        return FromDY(dS[:, :R], dB.zero_(), gdY, dg)
+        none = None if y is None else torch.zeros(1, N, **fp32)
+        return FromDY(dS[:, :R], dB.zero_(), gdY, none)
     stripes = cdiv(N, blocks["BN"])
     parts, span = parts_of(M, blocks["BM"], stripes, dY.device, tile.get("waves", 2))
     part_s = torch.empty(stripes, M, RO, **fp32)
@@ -484,8 +484,7 @@ def dy_pass(
     )  # fmt: skip
     sum_parts(part_s, dS)
     sum_parts(part_b, dB, factor, None if gdY is None else g)
-    dg = None if part_g is None else sum_parts(part_g, torch.empty(N, **fp32))
-    return FromDY(dS[:, :R], dB, gdY, dg)
+    return FromDY(dS[:, :R], dB, gdY, part_g)
 
 
 def parts_of(
@@ -501,8 +500,6 @@ def parts_of(
 
 def plan(op: str, x: Tensor, W: Tensor, rank: int) -> str:
     """`cublas` or `triton`, by the table: for "lora_forward", "lora_backward", "dora_forward"."""
-    if x.is_cuda and x.element_size() == 4:
-        return "cublas"  # fp32 tiles fit no shared memory, and their descriptors' products are tf32
     M, (N, K) = x.shape[0], W.shape
     return str(_launch.tile(op, x.device, rank=rank, M=M, N=N, K=K)["plan"])
 

@@ -62,8 +62,8 @@ def backend(name: str) -> Iterator[None]:
 
     For the whole process, not for a thread. "auto" takes Triton for bf16 and fp16 on a CUDA device
     from compute capability 8.0 on, where sizes and strides allow 16-byte loads and there are
-    enough rows; "triton" takes it also for few rows and for fp32, and with TRITON_INTERPRET=1 set
-    before the start of Python on the CPU too, and raises RuntimeError where it cannot.
+    enough rows; "triton" takes it also for few rows, and with TRITON_INTERPRET=1 set before the
+    start of Python on the CPU too, there also for fp32; it raises RuntimeError where it cannot.
 
     Raises ValueError for another name.
     """
@@ -142,8 +142,9 @@ def refusal(
     where = _no_device(x.device)
     if where:
         return where
-    if x.dtype not in _dtypes():
-        return f"x is {_short(x.dtype)}, and the kernels take {', '.join(map(_short, _dtypes()))}"
+    dtypes = _dtypes(x.device)
+    if x.dtype not in dtypes:
+        return f"x is {_short(x.dtype)}, and the kernels take {', '.join(map(_short, dtypes))}"
     if W.dtype != x.dtype:
         return f"x is {_short(x.dtype)} and W {_short(W.dtype)}"
     foreign = next((t for t in (W, *others) if t.device != x.device), None)
@@ -178,8 +179,9 @@ def _no_device(device: torch.device) -> str | None:
     return None
 
 
-def _dtypes() -> tuple[torch.dtype, ...]:
-    wide = (torch.float32,) if current() == "triton" else ()
+def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    # In fp32 on a device the products are cuBLAS's at best, and tiles fit no shared memory.
+    wide = (torch.float32,) if device.type == "cpu" else ()
     return (torch.bfloat16, torch.float16, *wide)
 
 
@@ -221,7 +223,7 @@ def traced_to_kernels(x: Tensor, W: Tensor, *others: Tensor, rank: int = 0) -> b
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     fits = device == "cpu" or not any(side % MULTIPLE for side in W.shape)
-    return dtype in _dtypes() and W.dtype == dtype and fits
+    return dtype in _dtypes(x.device) and W.dtype == dtype and fits
 
 
 def _sharded(t: Tensor) -> bool:

@@ -196,6 +196,12 @@ def on_cuda(t):
             "multiples of 8 numbers",
         ),
         (
+            torch.empty(1, 64, dtype=BF16).expand(256, 64),
+            torch.empty(32, 64, dtype=BF16),
+            90,
+            "positive multiples",
+        ),
+        (
             torch.empty(256 * 64 + 1, dtype=BF16)[1:].view(256, 64),
             torch.empty(32, 64, dtype=BF16),
             90,

@@ -106,6 +106,32 @@ def test_both_plans(monkeypatch, plan, dtype):
         check(y, lora_in_float64(x, dy, W, bias, A, B, 0.7, g=g)["y"], rounding, "DoRA's y")
 
 
+def test_products_that_a_table_gives_to_cublas(monkeypatch):
+    """torch.mm with an fp32 output is CUDA's alone: here it is another function."""
+    called = []
+
+    def wide_mm(a, b):
+        called.append((a.shape, b.shape))
+        return a.float() @ b.float()
+
+    monkeypatch.setattr(lora, "by_cublas", lambda *_: True)
+    monkeypatch.setattr(lora, "wide_mm", wide_mm)
+    x, dy, W, b, A, B, g = case(70, 104, 72, 96, BF16)
+    for gain in (None, g):
+        ref = lora_in_float64(x, dy, W, b, A, B, 0.7, g=gain)
+        if gain is None:
+            _, h = lora.lora_forward(x, W, b, A, B, 0.7)
+            _, _, _, dA, dB = lora.lora_backward(dy, x, h, W, A, B, 0.7, (True,) * 5)
+        else:
+            _, h, held = dora.dora_forward(x, W, b, A, B, g, 0.7)
+            found = dora.dora_backward(dy, x, h, held, W, b, A, B, g, 0.7, (True,) * 6)
+            dA, dB = found[3:5]
+        check(h, ref["h"], what="h")
+        check(dA, ref["dA"], 4e-3, "dA")
+        check(dB, ref["dB"], 4e-3, "dB")
+    assert len(called) == 4
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("M", "N", "K", "rank"), SIDES)
 def test_dora_forward_and_every_gradient(M, N, K, rank, dtype):
@@ -124,6 +150,20 @@ def test_dora_forward_and_every_gradient(M, N, K, rank, dtype):
         else:
             bound = {"dB": 2e-6, "db": 5 * rounding, "dg": 10 * rounding}.get(name, rounding)
             check(value, ref[name], bound, name, lines=20 if name == "dg" else 4)
+
+
+@pytest.mark.parametrize("kernels", [dora, lean], ids=["triton", "torch"])
+@pytest.mark.parametrize("M", [5, 130])
+def test_the_gradient_of_the_gain_beside_a_large_bias(kernels, M):
+    """The output holds little of g u, or nothing; a bias as large as the output stays cheap."""
+    x, dy, W, b, A, B, g = case(M, 48, 64, 4, BF16)
+    b[::5], b[3::10], b[40] = 100, -300, 1e4
+    _, h, held = kernels.dora_forward(x, W, b, A, B, g, 0.7)
+    dg = kernels.dora_backward(dy, x, h, held, W, b, A, B, g, 0.7, (False,) * 5 + (True,))[5]
+    ref = lora_in_float64(x, dy, W, b, A, B, 0.7, h, g)["dg"]
+    u = lora_in_float64(x, dy, W, None, A, B, 0.7, h)["y"]
+    error = (dg.double() - ref).abs() / (dy.double().norm(dim=0) * u.norm(dim=0))
+    assert float(error.max()) < (2e-2 if M < 130 else 5e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
