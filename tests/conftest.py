@@ -2,6 +2,8 @@ import os
 
 # Before anything imports triton: kernels then run on CPU tensors, in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads would wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
