@@ -56,7 +56,7 @@ MAY_IMPORT = {
         "targets",
     },
     "spectra": {"checkpoint", "layers"},
-    "grpo": {"ops"},
+    "grpo": {"files", "ops"},
     "integrations": {"adapted", "adapters", "checkpoint", "files", "layers", "merging", "surgery"},
     "examples": {"structadapt", "adapters", "checkpoint", "files", "layers"},
     "cli": {"examples", "spectra"},
