@@ -131,19 +131,19 @@ def identify(learner: Learner, records: Sequence[Record]) -> dict[str, Any]:
     """What has to be the same for a run to go on."""
     prompts = hashlib.sha256(json.dumps([record.ids for record in records]).encode()).hexdigest()
     frozen = hashlib.sha256()
-    trained = set(map(id, learner.parameters.values()))
     for name, p in learner.model.named_parameters():
-        if id(p) not in trained:
-            t = getattr(p, "to_local", lambda p=p: p)()
-            some = t.detach().flatten()[:: max(t.numel() // 64, 1)].to("cpu", torch.float64)
-            frozen.update(f"{name}{tuple(p.shape)}{p.dtype}".encode() + some.numpy().tobytes())
+        if name not in learner.parameters:
+            frozen.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
+            if not learner.sharded:  # of those every process has some, and not always the same
+                some = p.detach().flatten()[:: max(p.numel() // 64, 1)].to("cpu", torch.float64)
+                frozen.update(some.numpy().tobytes())
     return {
         **{f"config.{name}": value for name, value in asdict(learner.config).items()},
         "prompts": prompts,
         "trained parameters": [
             [n, [*p.shape], str(p.dtype)] for n, p in learner.parameters.items()
         ],
-        "frozen weights": processes.gather(frozen.hexdigest())[0],
+        "frozen weights": frozen.hexdigest(),
         "optimizer": type(learner.optimizer).__name__,
         "number of processes": learner.size,
     }

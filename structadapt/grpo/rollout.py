@@ -103,7 +103,9 @@ def generate(
             continue  # others are not done
         token = _draw(logits, temperature, noise[rows, at], rows)
         completion[rows, at], mask[rows, at] = token, 1
-        logps[rows, at], entropies[rows, at] = ops.token_logprobs(logits, token, temperature or 1.0)
+        logp, entropy = ops.token_logprobs(logits, token, temperature or 1.0)
+        logps, entropies = logps.to(logp.dtype), entropies.to(logp.dtype)  # float64 if logits are
+        logps[rows, at], entropies[rows, at] = logp, entropy
         ended = torch.isin(token, eos)
         truncated[rows[ended]] = False
         batch.put(token, ended | (at + 1 == T))

@@ -147,8 +147,8 @@ class Sampler:
         lengths = rollout.mask.sum(1).cpu()
         penalty = objective.overlong_penalty(lengths, config.max_new_tokens, config.overlong_buffer)
         shaped = rewards.clone()
-        groups = penalty.view(-1, config.group_size)
-        for part in processes.gather(dict(zip(places, groups, strict=False))):
+        groups = penalty.view(-1, config.group_size) if places else []
+        for part in processes.gather(dict(zip(places, groups, strict=True))):
             for place, lost in part.items():
                 shaped[place] += lost
         return shaped

@@ -25,6 +25,7 @@ class Gaps:
     sampler: float = 0.0  # sums of KL over tokens
     reference: float = 0.0
     tokens: float = 0.0
+    known: bool = False  # on all processes
 
     def add(self, logp: Tensor, rollout: Rollout) -> None:
         on = rollout.mask.bool()
@@ -73,6 +74,7 @@ class Learner:
         if config.importance_cap is not None:
             old = self._read(rollout)
             self.gaps.add(old, rollout)
+            self.gaps.known = True
             weights = objective.truncated_weights(
                 old, rollout.logp, rollout.mask, config.importance_cap
             )
@@ -106,7 +108,7 @@ class Learner:
                 norm = self._step()
                 norms += [] if norm is None else [norm]
                 skipped += norm is None
-        if not self.gaps.tokens:  # nothing was learned, and nothing measured on the way
+        if not self.gaps.known:  # nothing was learned, and nothing measured on the way
             first = rollout[: config.micro_batch_size or len(rollout)]
             self.gaps.add(self._read(first), first)
         tokens = processes.total([rollout.mask.sum().item()])[0]
@@ -122,7 +124,7 @@ class Learner:
     def _accumulate(self, rollout: Rollout, A: Tensor) -> float:
         """Backward through one minibatch, micro-batch by micro-batch: their gradients add up to the
         minibatch's, because each is divided by the minibatch's normalizer. The clipped tokens."""
-        config, clipped, first = self.config, 0.0, not self.gaps.tokens
+        config, clipped = self.config, 0.0
         counts = [rollout.mask.sum().item(), rollout.mask.any(1).sum().item()]
         tokens, sequences = processes.total(counts)
         divisor = objective.divisor_of(tokens, sequences, config.loss, config.max_new_tokens)
@@ -142,8 +144,9 @@ class Learner:
             (loss * self.size if self.sharded else loss).backward()
             with torch.no_grad():
                 clipped += objective.clipped(*policy, **clip).sum().item()
-                if first and config.importance_cap is None:
+                if not self.gaps.known:
                     self.gaps.add(logp, part)
+        self.gaps.known = True
         if not self.sharded:
             processes.sum_gradients(list(self.parameters.values()))
         return clipped
@@ -152,9 +155,9 @@ class Learner:
         """The micro-batches. Where the forward of a model is a collective call every process has as
         many: the last ones of some are sequences without a token that counts."""
         pieces = list(slices(len(rollout), self.config.micro_batch_size))
+        missing = max(processes.gather(len(pieces))) - len(pieces) if self.sharded else 0
         for rows in pieces:
             yield rollout[rows], A[rows]
-        missing = max(processes.gather(len(pieces))) - len(pieces) if self.sharded else 0
         for _ in range(missing):
             yield self.blank, A.new_zeros(1)
 
@@ -194,12 +197,11 @@ class Learner:
         """The log-probabilities (N, T) now, in eval mode."""
         found = torch.zeros_like(rollout.logp)
         with evaluating(self.model):
-            rows = slices(len(rollout), self.config.micro_batch_size)
-            for (part, _), place in zip(
-                self._parts(rollout, rollout.logp[:, 0]), rows, strict=False
-            ):
+            places = [*slices(len(rollout), self.config.micro_batch_size)]
+            for i, (part, _) in enumerate(self._parts(rollout, rollout.logp[:, 0])):
                 logp = self._logprobs(part)
-                found[place, : logp.shape[1]] = torch.where(part.mask.bool(), logp, 0.0)
+                if i < len(places):
+                    found[places[i], : logp.shape[1]] = torch.where(part.mask.bool(), logp, 0.0)
         return found
 
     def _kl_after(self, rollout: Rollout) -> float:
