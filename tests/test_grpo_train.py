@@ -389,6 +389,8 @@ def test_later_minibatches_are_off_policy(plain):
         ({"clip_low": 1.5}, "clip_low"),
         ({"clip_high": -0.1}, "clip_high"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
+        ({"max_reward_faults": 5}, r"max_reward_faults must be in \[0, 1\], got 5"),
+        ({"max_reward_faults": math.nan}, "max_reward_faults"),
     ],
 )
 def test_config_refuses(config, words):
@@ -417,11 +419,12 @@ def test_train_refuses_before_the_first_step(plain):
         sa.grpo.train(plain, optimizer, [[1]], count_fives, config)
 
 
-def test_a_reward_that_is_not_finite_names_its_prompt(plain):
+def test_too_many_failed_rewards_name_the_first_prompt(plain):
     before = state(plain)
-    with pytest.raises(ValueError, match=r"the reward of prompt \[3\], completion \[.*\] is nan"):
+    words = r"the reward of prompt \[3\], completion \[.*\]: ValueError: nan is not a finite number"
+    with pytest.raises(RuntimeError, match=words):
         run(plain, lambda p, c: math.nan if p == [3] else 0.0)
-    with pytest.raises(ValueError, match="completion .* is None, not a finite number"):
+    with pytest.raises(RuntimeError, match="2 of 2 rewards .* None is not a finite number"):
         run(plain, lambda p, c: None)
     assert_same_bits(state(plain), before)
 

@@ -6,7 +6,7 @@ It sees a module, an optimizer, a reward and contexts to run in, and knows nothi
 from structadapt.grpo.evaluation import Evaluation, evaluate
 from structadapt.grpo.loop import Config, Step, steps_in, train
 from structadapt.grpo.objective import advantages, loss, normalizer
-from structadapt.grpo.rewards import exact_match
+from structadapt.grpo.rewards import combine, exact_match, matches_format, numeric_match
 from structadapt.grpo.rollout import Rollout, generate, logprobs
 
 __all__ = [
@@ -15,12 +15,15 @@ __all__ = [
     "Rollout",
     "Step",
     "advantages",
+    "combine",
     "evaluate",
     "exact_match",
     "generate",
     "logprobs",
     "loss",
+    "matches_format",
     "normalizer",
+    "numeric_match",
     "steps_in",
     "train",
 ]

@@ -41,7 +41,8 @@ def evaluate(
     """One completion of each prompt, sampled at the config's temperature or greedy, in eval mode.
 
     The interval is Wilson's (1927) if every reward is 0 or 1, else the normal one. ValueError for
-    no prompts, or prompts of the wrong form.
+    no prompts, or prompts of the wrong form. A reward that fails counts as 0; RuntimeError if in
+    any batch more do than config.max_reward_faults.
     """
     if not len(prompts):
         raise ValueError("no prompts to evaluate on")
@@ -53,7 +54,9 @@ def evaluate(
         for rows in slices(len(records), batch_size):
             batch = records[rows]
             rollout = sample(model, batch, config, noise, 1, temperature)
-            rewards.append(score(rollout, batch, checked, config.eos_token_ids, tokenizer))
+            allowed = config.max_reward_faults
+            scores = score(rollout, batch, checked, config.eos_token_ids, tokenizer, allowed)
+            rewards.append(scores.rewards)
     values = torch.cat(rewards)
     mean, count = values.mean().item(), len(values)
     if ((values == 0) | (values == 1)).all():

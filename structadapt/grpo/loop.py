@@ -41,6 +41,7 @@ class Config:
     share_prompts: bool = False  # run a prompt once for its group; needs a differentiable cache
     head: Head = "auto"  # update without logits if the head is plain and unwrapped; or "logits"
     max_grad_norm: float = 1.0  # math.inf: no clipping
+    max_reward_faults: float = 0.05  # share of a rollout whose reward may fail, counted as 0
     seed: int = 0  # of the sampling noise
 
     def __post_init__(self) -> None:
@@ -60,6 +61,8 @@ class Config:
         _check(0 <= self.clip_low < 1, "clip_low", "in [0, 1)", self.clip_low)
         _check(self.clip_high >= 0, "clip_high", "not negative", self.clip_high)
         _check(self.max_grad_norm > 0, "max_grad_norm", "positive", self.max_grad_norm)
+        faults = self.max_reward_faults
+        _check(0 <= faults <= 1, "max_reward_faults", "in [0, 1]", faults)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -76,6 +79,7 @@ class Step:
     prompts: int  # seen so far
     reward: float  # mean
     reward_std: float  # over all completions
+    reward_faults: int  # completions whose reward failed, and is 0
     zero_std_fraction: float  # groups whose rewards are all equal: no advantage, no gradient
     length: float  # tokens a completion, with end-of-sequence
     truncated: float  # share of completions without end-of-sequence
@@ -118,8 +122,8 @@ def train(
     scheduler: anything with step(), called after each step of the optimizer.
 
     Raises ValueError for no prompts, or prompts of the wrong form (before the first step); while
-    running, ValueError for a reward that is not finite, and FloatingPointError for a gradient that
-    is not, before the optimizer would apply it.
+    running, RuntimeError if more rewards than config.max_reward_faults raise or are not finite, and
+    FloatingPointError for a gradient that is not, before the optimizer would apply it.
     """
     if not len(prompts):
         raise ValueError("no prompts to train on")
@@ -155,7 +159,10 @@ def _steps(
         started = time.perf_counter()
         with evaluating(model), rollout_context():
             rollout = sample(model, batch, config, noise, config.group_size, config.temperature)
-        rewards = score(rollout, batch, reward, config.eos_token_ids, tokenizer)
+        scores = score(
+            rollout, batch, reward, config.eos_token_ids, tokenizer, config.max_reward_faults
+        )
+        rewards = scores.rewards
         sampled = time.perf_counter()
         try:
             update = _update(model, optimizer, parameters, rollout, rewards, config, scheduler)
@@ -170,6 +177,7 @@ def _steps(
             prompts=start + len(batch),
             reward=rewards.mean().item(),
             reward_std=rewards.std().item() if rewards.numel() > 1 else 0.0,
+            reward_faults=len(scores.faults),
             zero_std_fraction=objective.equal_groups(rewards).float().mean().item(),
             length=tokens / len(rollout),
             truncated=rollout.truncated.float().mean().item(),
