@@ -8,11 +8,14 @@ from structadapt.grpo.loop import Config, Step, steps_in, train
 from structadapt.grpo.objective import advantages, loss, normalizer
 from structadapt.grpo.rewards import combine, exact_match, matches_format, numeric_match
 from structadapt.grpo.rollout import Rollout, generate, logprobs
+from structadapt.grpo.sandbox import Sandbox, SandboxError, sandboxed
 
 __all__ = [
     "Config",
     "Evaluation",
     "Rollout",
+    "Sandbox",
+    "SandboxError",
     "Step",
     "advantages",
     "combine",
@@ -24,6 +27,7 @@ __all__ = [
     "matches_format",
     "normalizer",
     "numeric_match",
+    "sandboxed",
     "steps_in",
     "train",
 ]
