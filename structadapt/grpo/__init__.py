@@ -9,6 +9,7 @@ from structadapt.grpo.objective import advantages, loss, normalizer
 from structadapt.grpo.rewards import combine, exact_match, matches_format, numeric_match
 from structadapt.grpo.rollout import Rollout, generate, logprobs
 from structadapt.grpo.sandbox import Sandbox, SandboxError, sandboxed
+from structadapt.grpo.tasks import load_deepmath, load_jsonl, math_verify_reward, reasoning_gym
 
 __all__ = [
     "Config",
@@ -22,11 +23,15 @@ __all__ = [
     "evaluate",
     "exact_match",
     "generate",
+    "load_deepmath",
+    "load_jsonl",
     "logprobs",
     "loss",
     "matches_format",
+    "math_verify_reward",
     "normalizer",
     "numeric_match",
+    "reasoning_gym",
     "sandboxed",
     "steps_in",
     "train",
