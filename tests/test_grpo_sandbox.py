@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,10 @@ def run(completion):  # as bad a verifier as there can be
 def add(amount):
     return lambda x: x + amount
 
-def forge(call):  # answers this call, and the next one too
+def forge(text):  # writes by itself where the worker writes
     for fd in range(3, 10):
         try:
-            os.write(fd, len(call).to_bytes(4, "big") + call.encode())
+            os.write(fd, text.encode("latin-1"))
         except OSError:
             pass
     return 0.0
@@ -127,12 +128,13 @@ def test_what_is_printed_is_no_answer(box):
     assert box("5") == 5
 
 
-def test_an_answer_to_another_call_is_not_taken(verifier):
+def test_an_answer_that_the_worker_did_not_give_is_not_taken(verifier):
+    answers = ['{"id": 1, "value": 1.0}', "[]", "5", "{", "[" * 2**16, "9" * 9999]
+    messages = [len(a).to_bytes(4, "big") + a.encode() for a in answers]
     with Sandbox(f"{verifier}:forge") as box:
-        answers = ['{"id": 1, "value": 1.0}', "[]", "5", "{", "[" * 2**16, "9" * 9999, "x" * 2**18]
-        for answer in answers:
+        for message in (*messages, b"\xff" * 4):
             with pytest.raises(SandboxError, match="something else than the answer"):
-                box(answer)
+                box(message.decode("latin-1"))
 
 
 def test_without_strict_children_die_with_the_worker(loose, tmp_path):
@@ -220,6 +222,43 @@ def test_a_worker_killed_from_outside_is_replaced():
         os.kill(pid, signal.SIGKILL)
         assert gone_within(pid, 2.0)
         assert getpid() != pid
+
+
+def test_a_worker_that_ran_out_of_memory_is_replaced(box):
+    pid = box("os.getpid()")
+    with pytest.raises(SandboxError, match="ZeroDivisionError"):
+        box("1 / 0")
+    assert box("os.getpid()") == pid
+    with pytest.raises(SandboxError, match="MemoryError"):
+        box("bytearray(2**29)")
+    assert box("os.getpid()") != pid
+    assert box("len(bytearray(2**27))") == 2**27
+
+
+def test_a_sandbox_outlives_the_thread_that_made_it():
+    made = []
+    thread = threading.Thread(target=lambda: made.append(Sandbox("os:getpid")))
+    thread.start()
+    thread.join()
+    with made.pop() as getpid:
+        time.sleep(0.1)  # Linux kills the worker with the thread
+        assert is_running(getpid())
+
+
+def test_a_fork_gets_a_worker_of_its_own(box):
+    pid = box("os.getpid()")
+    with warnings.catch_warnings():  # of forking beside threads, from Python 3.12 on
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            own = box("os.getpid()")
+            box.close()
+            os._exit(0 if own != pid else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert box("os.getpid()") == pid
 
 
 def test_threads_take_turns(box):

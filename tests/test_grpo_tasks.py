@@ -111,14 +111,14 @@ PIECES = [*"0123456789+-−.,/eE%$ \n{}\\=#x٣\0", "\\boxed{", "\\frac{", "#### 
 def test_numeric_match_on_20_000_random_strings():
     noise = random.Random(0)
     texts = ["".join(noise.choices(PIECES, k=noise.randrange(100))) for _ in range(20_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     values = {match(text, "7") for text in texts}
-    assert time.perf_counter() - start < 4.0  # 0.7 s on a quiet machine
+    assert time.process_time() - start < 2.0
     assert values == {0.0, 1.0}
 
 
 @given(st.fractions(), st.text(max_size=50))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_numeric_match_finds_any_rational(number, noise):
     written = str(number) if len(str(number)) <= 64 else "0"
     number = Fraction(written)
@@ -138,9 +138,9 @@ MEGABYTE = 2**20
 def test_a_megabyte_of_anything_is_read_fast(unit):
     text = unit * (MEGABYTE // len(unit))
     for completion in (text, text + "7", "\\boxed{" + text):
-        start = time.perf_counter()
+        start = time.process_time()
         match(completion, 7)
-        assert time.perf_counter() - start < 1.0  # 40 ms at most on a quiet machine
+        assert time.process_time() - start < 0.5
 
 
 # -- other rewards ---------------------------------------------------------------------------------

@@ -252,6 +252,7 @@ def _kill(process: "subprocess.Popen[bytes]", owner: int) -> None:
         return
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # if it is in another group by now
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:

@@ -59,7 +59,8 @@ def load_deepmath(
     source: a .jsonl or .parquet file, a folder that has some at any depth, or else the name of a
         dataset on the Hugging Face Hub, whose "train" split is read ("zwhe99/DeepMath-103K").
     template: "{question}" in it is replaced by the question; its other braces stay.
-    Records have "prompt", "answer", "difficulty" and "topic".
+    Records have "prompt", "answer", "difficulty" and "topic". Answers are LaTeX, and not only
+    numbers: `math_verify_reward` compares them, `numeric_match` refuses some.
 
     Raises ValueError for fields that are missing or of the wrong type, naming up to ten rows; for
     a difficulty that no row has, naming the range that there is; for a file of another kind.

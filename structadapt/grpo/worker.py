@@ -28,7 +28,7 @@ from typing import Any
 FORBIDDEN = (  # audit events, by how they begin
     *("os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "os.putenv"),
     *("os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir"),
-    *("os.symlink", "os.truncate", "os.utime", "signal.pthread_kill", "pty.spawn"),
+    *("os.setxattr", "os.symlink", "os.truncate", "os.utime", "signal.pthread_kill", "pty.spawn"),
     *("ctypes.", "shutil.", "socket.", "subprocess.", "tempfile."),
 )
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
