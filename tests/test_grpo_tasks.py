@@ -230,7 +230,7 @@ def test_more_faults_than_allowed_stop_the_run(allowed, faults):
         with pytest.raises(RuntimeError, match=words) as caught:
             scored(reward, max_faults=allowed)
         assert len(seen) == n
-        assert isinstance(caught.value.__cause__, LookupError)
+        assert repr(caught.value.__cause__) == "LookupError('number 0')"
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
@@ -464,6 +464,7 @@ def test_reasoning_gym(name, options):
         answer = record["answer"]
         assert reward(record["prompt"], answer, record) == 1.0
         assert reward("another prompt", f"<think>0</think><answer> {answer} </answer>", record) == 1
+        assert reward("", f"<answer>0</answer> no, <answer>{answer}</answer>", record) == 1.0
         assert reward(record["prompt"], "<answer>x</answer>", record) < 0.1
     with pytest.raises(SandboxError, match="question 0 is another one than in the record"):
         reward("p", "1", records[0] | {"question": "?"})
