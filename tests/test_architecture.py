@@ -75,6 +75,7 @@ MAY_IMPORT = {
 }
 CORE = {"torch", "safetensors", "einops", "numpy", "structadapt"}
 OPTIONAL = {"matplotlib", "tqdm", "pandas", "triton", "transformers", "peft", "trl", "bitsandbytes"}
+OPTIONAL |= {"datasets", "pyarrow", "reasoning_gym", "math_verify"}
 
 
 def sources():

@@ -17,8 +17,10 @@ from structadapt.grpo.objective import (
     truncated_weights,
 )
 from structadapt.grpo.resume import Checkpoints
-from structadapt.grpo.rewards import exact_match
+from structadapt.grpo.rewards import combine, exact_match, matches_format, numeric_match
 from structadapt.grpo.rollout import Rollout, generate, logprobs
+from structadapt.grpo.sandbox import Sandbox, SandboxError, sandboxed
+from structadapt.grpo.tasks import load_deepmath, load_jsonl, math_verify_reward, reasoning_gym
 
 __all__ = [
     "Checkpoints",
@@ -28,18 +30,28 @@ __all__ = [
     "Guard",
     "Interval",
     "Rollout",
+    "Sandbox",
+    "SandboxError",
     "Step",
     "advantages",
+    "combine",
     "evaluate",
     "exact_match",
     "generate",
     "kl",
     "kl_penalty",
+    "load_deepmath",
+    "load_jsonl",
     "logprobs",
     "loss",
+    "matches_format",
+    "math_verify_reward",
     "normalizer",
+    "numeric_match",
     "overlong_penalty",
     "pass_at_k",
+    "reasoning_gym",
+    "sandboxed",
     "steps_in",
     "train",
     "truncated_weights",

@@ -1,5 +1,6 @@
 """The next completions and their rewards, on one process or on many."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,8 @@ from structadapt.grpo.noise import uniforms
 from structadapt.grpo.rewards import Record, score
 from structadapt.grpo.rollout import Rollout, evaluating, generate, joined
 from structadapt.grpo.update import Context
+
+logger = logging.getLogger("structadapt")
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ class Sampler:
             return _blank(rollout), {}, 0
         scores = score(rollout, chosen, self.reward, config.eos_token_ids, self.tokenizer,
                        config.max_reward_faults)  # fmt: skip
+        for fault in scores.faults:
+            logger.warning("step %d: %s", step, fault)
         return rollout, dict(zip(prompts, scores.rewards, strict=True)), len(scores.faults)
 
     def _shaped(self, rewards: Tensor, rollout: Rollout, places: list[int]) -> Tensor:
