@@ -181,10 +181,10 @@ def _put(learner: Learner, guard: Guard, state: dict[str, Any]) -> None:
 
 def _like(target: Tensor, value: Tensor) -> Tensor:
     """A whole tensor, sharded as the target is."""
-    if not hasattr(target, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor  # its import is felt
 
+    if not isinstance(target, DTensor):
+        return value
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
 
 

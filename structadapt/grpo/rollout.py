@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -35,12 +35,19 @@ class Rollout:
 
     def __getitem__(self, rows: slice) -> "Rollout":
         """Some of the sequences, without the columns that none of them uses."""
-        part = {f.name: getattr(self, f.name) for f in fields(self)}
-        part = {name: None if t is None else t[rows] for name, t in part.items()}
-        width = max(int(part["mask"].sum(1).amax()) if len(part["mask"]) else 0, 1)
-        for name in ("completion", "mask", "logp", "entropy", "ref_logp", "weights"):
-            part[name] = None if part[name] is None else part[name][:, :width]
-        return Rollout(**part)
+        longest = int(self.mask[rows].sum(1).amax()) if len(self.mask[rows]) else 0
+
+        def cut(t: Tensor) -> Tensor:
+            return t[rows, : max(longest, 1)]
+
+        def cut_if(t: Tensor | None) -> Tensor | None:
+            return None if t is None else cut(t)
+
+        return Rollout(
+            self.prompt[rows], self.prompt_mask[rows], cut(self.completion), cut(self.mask),
+            cut(self.logp), cut(self.entropy), self.truncated[rows], cut_if(self.ref_logp),
+            cut_if(self.weights),
+        )  # fmt: skip
 
     def completions(self, eos_token_ids: Sequence[int]) -> list[list[int]]:
         """The new tokens of each sequence, without the end-of-sequence token."""
@@ -109,9 +116,8 @@ def generate(
         ended = torch.isin(token, eos)
         truncated[rows[ended]] = False
         batch.put(token, ended | (at + 1 == T))
-    width = max(int(mask.sum(1).max()), 1)
-    cut = (t[:, :width] for t in (completion, mask, logps, entropies))
-    return Rollout(prompt, prompt_mask, *cut, truncated)
+    whole = Rollout(prompt, prompt_mask, completion, mask, logps, entropies, truncated)
+    return whole[:]  # without the columns that no sequence reached
 
 
 class _Batch:

@@ -128,12 +128,12 @@ class Learner:
         counts = [rollout.mask.sum().item(), rollout.mask.any(1).sum().item()]
         tokens, sequences = processes.total(counts)
         divisor = objective.divisor_of(tokens, sequences, config.loss, config.max_new_tokens)
-        clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+        clip = config.clip_low, config.clip_high
         self.optimizer.zero_grad()
         for part, advantage in self._parts(rollout, A):
             logp = self._logprobs(part)
             policy = (logp, part.logp, advantage, part.mask, config.loss)
-            loss = objective.loss(*policy, **clip, divisor=divisor, weights=part.weights)
+            loss = objective.loss(*policy, *clip, divisor, weights=part.weights)
             if part.ref_logp is not None:
                 penalty = objective.kl_penalty(
                     logp, part.logp, part.ref_logp, part.mask, config.loss, config.kl, divisor,
@@ -143,7 +143,7 @@ class Learner:
             # The gradients of sharded parameters come as the mean over the processes.
             (loss * self.size if self.sharded else loss).backward()
             with torch.no_grad():
-                clipped += objective.clipped(*policy, **clip).sum().item()
+                clipped += objective.clipped(*policy, *clip).sum().item()
                 if not self.gaps.known:
                     self.gaps.add(logp, part)
         self.gaps.known = True
@@ -168,7 +168,7 @@ class Learner:
         """
         parameters = list(self.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        norm = getattr(norm, "full_tensor", lambda: norm)().item()
+        norm = float(getattr(norm, "full_tensor", lambda: norm)())
         if not math.isfinite(norm):
             named = self.parameters.items()
             bad = [n for n, p in named if p.grad is not None and not p.grad.isfinite().all()]
