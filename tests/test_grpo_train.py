@@ -353,6 +353,28 @@ def test_prompts_and_rewards_of_every_form(plain):
     assert [s[:2] for s in seen] == [([1, 2], list), ([3], list), ([4], list)]
 
 
+def test_messages_go_through_the_chat_template(plain):
+    class Chat:
+        def apply_chat_template(self, messages, add_generation_prompt, return_dict):
+            assert add_generation_prompt and not return_dict
+            return [len(m["role"]) % 8 for m in messages] + [1]
+
+        def decode(self, ids):
+            return " ".join(map(str, ids))
+
+    seen = []
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
+
+    def reward(prompt, completion, meta):
+        seen.append((prompt, meta["answer"]))
+        return len(completion)
+
+    run(plain, reward, [{"prompt": messages, "answer": 3}], options={"tokenizer": Chat()})
+    assert seen == [(messages, 3)] * 4
+    with pytest.raises(ValueError, match="is messages: pass tokenizer= with a chat template"):
+        run(plain, reward, [messages])
+
+
 def test_exact_match():
     assert sa.grpo.exact_match("p", " 42\n", {"answer": 42}) == 1.0
     assert sa.grpo.exact_match("p", "43", {"answer": "42"}) == 0.0

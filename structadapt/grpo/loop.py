@@ -41,10 +41,10 @@ def train(
     """Go once through `prompts` with GRPO, yielding a `Step` after each update.
 
     Stop iterating at any step; the model is then in a whole state. Rollouts run in eval mode
-    within `rollout_context()`: pass `lambda: structadapt.merged(model)` to sample from merged
-    weights, which costs a base forward instead of an adapted one (for fp32 weights: in bf16 a
-    merge rounds most of a small update away). The update runs in the mode the model is in, on
-    the parameters that the optimizer holds.
+    within `rollout_context()`: pass `lambda: structadapt.merged_if_exact(model)` to sample from
+    merged weights, which costs a base forward instead of an adapted one, where the weights' dtype
+    holds the update (in bf16 a merge rounds most of a small one away). The update runs in the mode
+    the model is in, on the parameters that the optimizer holds.
 
     A minibatch whose advantages are all exactly 0 has a gradient of exactly 0 and is left out:
     optimizer and scheduler do not step, so neither momentum nor weight decay moves the weights.
@@ -56,7 +56,7 @@ def train(
 
     prompts: token ids, text, or records (see `Prompt`). reward: see `grpo.rewards`.
     tokenizer: anything with encode(text) -> ids and decode(ids) -> text; with one, prompts may be
-        text and the reward gets text. Apply a chat template before.
+        text or messages, for its chat template, and the reward gets text.
     reference: for kl_coef > 0, a context in which the model is the reference policy, such as
         `lambda: structadapt.disabled(model)`.
     scheduler: anything with step(), called after each step of the optimizer.

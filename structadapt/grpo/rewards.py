@@ -25,9 +25,10 @@ from structadapt.grpo.rollout import Rollout
 
 Reward = Callable[..., float]
 
-# A prompt is token ids, text (with a tokenizer), or a record with either under "prompt"; the whole
-# record is the reward's `meta`.
-Prompt = Sequence[int] | str | Mapping[str, Any]
+# A prompt is token ids, text (with a tokenizer), messages of a chat as [{"role": ..., "content":
+# ...}] (with a tokenizer that has a chat template), or a record with one of these under "prompt";
+# the whole record is the reward's `meta`.
+Prompt = Sequence[int] | str | Sequence[Mapping[str, str]] | Mapping[str, Any]
 
 
 def exact_match(prompt: Any, completion: Any, meta: Mapping[str, Any]) -> float:
@@ -197,6 +198,14 @@ def record(prompt: Prompt, tokenizer: Any) -> Record:
         if tokenizer is None:
             raise ValueError(f"prompt {shown!r} is text: pass tokenizer=, or token ids")
         ids = list(tokenizer.encode(shown))
+    elif isinstance(shown, Sequence) and shown and all(isinstance(m, Mapping) for m in shown):
+        if not hasattr(tokenizer, "apply_chat_template"):
+            raise ValueError(
+                f"prompt {_short(shown)} is messages: pass tokenizer= with a chat template"
+            )
+        ids = tokenizer.apply_chat_template(
+            list(shown), add_generation_prompt=True, return_dict=False
+        )
     else:
         try:
             ids = [operator.index(token) for token in shown]

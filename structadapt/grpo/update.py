@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import utils
 
 from structadapt.grpo import objective, processes
 from structadapt.grpo.config import Config
@@ -167,8 +168,8 @@ class Learner:
         Raises FloatingPointError by the config's policy, before the step.
         """
         parameters = list(self.parameters.values())
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        norm = float(getattr(norm, "full_tensor", lambda: norm)())
+        whole = utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(getattr(whole, "full_tensor", lambda: whole)())
         if not math.isfinite(norm):
             named = self.parameters.items()
             bad = [n for n, p in named if p.grad is not None and not p.grad.isfinite().all()]
@@ -180,6 +181,7 @@ class Learner:
                 )
             return None
         self.nonfinite = 0
+        utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, whole)
         self.optimizer.step()
         self.model.zero_grad()
         if self.scheduler is not None:
