@@ -5,7 +5,7 @@ from structadapt.adapters import DoRA, LoRA, QuanTA
 from structadapt.checkpoint import save
 from structadapt.interop import export_merged, export_peft, load
 from structadapt.layers import AdaptedLinear
-from structadapt.merging import MergeReport, merge, merged, unmerge
+from structadapt.merging import MergeReport, merge, merged, merged_if_exact, unmerge
 from structadapt.ops import Explanation, backend, explain
 from structadapt.shared import shared_input
 from structadapt.surgery import (
@@ -37,6 +37,7 @@ __all__ = [
     "load",
     "merge",
     "merged",
+    "merged_if_exact",
     "parameter_groups",
     "plan",
     "save",

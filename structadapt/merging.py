@@ -7,7 +7,7 @@ that survives, <round(W') - W, W' - W> / |W' - W|^2, and speaks up.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -150,6 +150,26 @@ def merged(model: nn.Module, *, force: bool = False, residual: bool = False) -> 
         yield
     finally:
         _unmerge(model)
+
+
+@contextmanager
+def merged_if_exact(model: nn.Module) -> Iterator[None]:
+    """For rollouts: merged weights where at least 99 % of every layer's update survives in them, as
+    in fp32; else, and where `merge` refuses, the adapters as they are, whose samples cost more but
+    come from the policy that learns. In bf16 both is seen, as the update grows."""
+    layers = adapted_layers(model).values()
+    low = any(wide_dtype(layer.weight.dtype) != layer.weight.dtype for layer in layers)
+    before = any(layer.base_weight is not None for layer in layers)  # merged by the caller
+    if not before:
+        with suppress(RuntimeError, ValueError):
+            report = _merge(model, low, True, False, stacklevel=0)
+            if report is not None and report.survives < WARN_BELOW:
+                _unmerge(model)
+    try:
+        yield
+    finally:
+        if not before:
+            _unmerge(model)
 
 
 def measure(

@@ -56,7 +56,7 @@ MAY_IMPORT = {
         "targets",
     },
     "spectra": {"checkpoint", "layers"},
-    "grpo": {"ops"},
+    "grpo": {"files", "ops"},
     "integrations": {"adapted", "adapters", "checkpoint", "files", "layers", "merging", "surgery"},
     "examples": {"structadapt", "adapters", "checkpoint", "files", "layers"},
     "cli": {"examples", "spectra"},
@@ -75,6 +75,7 @@ MAY_IMPORT = {
 }
 CORE = {"torch", "safetensors", "einops", "numpy", "structadapt"}
 OPTIONAL = {"matplotlib", "tqdm", "pandas", "triton", "transformers", "peft", "trl", "bitsandbytes"}
+OPTIONAL |= {"datasets", "pyarrow", "reasoning_gym", "math_verify"}
 
 
 def sources():

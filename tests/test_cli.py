@@ -254,6 +254,43 @@ def test_ctrl_c_leaves_a_loadable_checkpoint(stage, tmp_path):
     assert moved == (stage == "GRPO") == bool(summary["steps"])
 
 
+def told(out):
+    """What a run left behind, without times."""
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    times = ("tokens_per_second", "rollout_seconds", "update_seconds")
+    summary = json.loads((out / "summary.json").read_text())
+    summary = {k: v for k, v in summary.items() if k not in ("seconds", "peak_memory_mib")}
+    files = [out / "adapter.safetensors", out / "model.safetensors"]
+    weights = [file.read_bytes() for file in files if file.exists()]
+    return weights, summary, [{k: v for k, v in s.items() if k not in times} for s in lines]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_the_same_command(tmp_path, capsys):
+    options = ["--cold-start", "0.02", "--prompts", "1600", "--seed", "2"]
+    command = [sys.executable, "-m", "structadapt.examples.grpo", *options, "--out"]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    for lines in (5, 18, 22):  # before the first state, and after it
+        process = subprocess.Popen(
+            [*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        metrics = out / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    assert call("grpo", *options, "--lr", 1e-4, "--out", out) == 2
+    assert "its settings.lr is None, and here 0.0001" in capsys.readouterr().err
+    subprocess.run([*command, str(out)], check=True, capture_output=True)
+    assert not (out / "states").exists()
+    assert told(out) == told(whole)
+    assert sum(step["updates"] for step in told(out)[2]) > 20
+    assert call("grpo", *options, "--out", out) == 2
+    assert "its run is finished" in capsys.readouterr().err
+
+
 def test_collapse_in_words():
     def steps(*rewards):
         return [{"step": i, "reward": r} for i, r in enumerate(rewards)]

@@ -40,7 +40,9 @@ def test_equal_rewards_and_groups_of_one_have_no_advantage(value, group, scaling
 def test_advantages_refuse():
     with pytest.raises(ValueError, match=r"must be \(prompts, group\), got shape \(4,\)"):
         sa.grpo.advantages(torch.ones(4))
-    with pytest.raises(ValueError, match="scaling must be one of group, batch, none, got 'z'"):
+    with pytest.raises(
+        ValueError, match="scaling must be one of group, batch, none, rloo, got 'z'"
+    ):
         sa.grpo.advantages(REWARDS, "z")
     with pytest.raises(ValueError, match="must be finite"):
         sa.grpo.advantages(torch.tensor([[1.0, math.nan]]))
@@ -65,25 +67,106 @@ def by_hand(kind, logp, old, A, mask, low, high, max_tokens):
     for i in range(len(A)):
         length = int(mask[i].sum())
         for t in range(length):
-            rho = math.exp(logp[i][t] - old[i][t])
-            surrogate = min(rho * A[i], min(max(rho, 1 - low), 1 + high) * A[i])
+            difference = logp[i][t] - old[i][t]
+            if kind == "gspo":
+                difference = sum(logp[i][u] - old[i][u] for u in range(length)) / length
+            rho = math.exp(difference)
+            bounded = min(max(rho, 1 - low), 1 + high)
+            surrogate = bounded * A[i] * logp[i][t] if kind == "cispo" else min(
+                rho * A[i], bounded * A[i])  # fmt: skip
             weight = {
                 "grpo": 1 / (length * len(A)),
+                "gspo": 1 / (length * len(A)),
                 "dapo": 1 / tokens,
+                "cispo": 1 / tokens,
                 "dr_grpo": 1 / (len(A) * max_tokens),
             }[kind]
             total -= weight * surrogate
     return total
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("kind", objective.LOSSES)
 @pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.2, 0.28), (0.0, 1e9)])
 def test_loss_by_hand(batch, kind, low, high):
     actual = sa.grpo.loss(*batch, kind=kind, clip_low=low, clip_high=high, max_tokens=9)
     assert actual.item() == pytest.approx(by_hand(kind, *batch, low, high, 9))
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])
+def test_weights_multiply_each_token(batch):
+    logp, old, _, mask = batch
+    weights = torch.rand(6, 7, dtype=torch.float64)
+    for kind in objective.LOSSES:
+        (gradient,) = torch.autograd.grad(sa.grpo.loss(*batch, kind=kind), logp)
+        loss = sa.grpo.loss(*batch, kind=kind, weights=weights)
+        (weighted,) = torch.autograd.grad(loss, logp)
+        if kind != "gspo":  # whose ratio has the gradient of every token
+            torch.testing.assert_close(weighted, weights * gradient)
+    found = sa.grpo.truncated_weights(logp.detach(), old, mask, cap=1.3)
+    expected = (logp.detach() - old).exp().clamp(max=1.3)
+    torch.testing.assert_close(found, torch.where(mask.bool(), expected, 1.0))
+    assert (found == 1.3).any()
+
+
+def test_cispo_keeps_the_gradient_of_every_token(batch):
+    logp, old, A, mask = batch
+    (gradient,) = torch.autograd.grad(sa.grpo.loss(*batch, kind="cispo"), logp)
+    rho = (logp - old).exp().detach().clamp(0.8, 1.2)
+    torch.testing.assert_close(gradient, -rho * A[:, None] * mask / mask.sum())
+    touched = objective.clipped(*batch, "cispo")
+    assert touched.any() and gradient[touched].all()
+
+
+def test_rloo_is_the_reward_less_the_mean_of_the_others():
+    A = sa.grpo.advantages(REWARDS, "rloo")
+    others = torch.tensor([[(row.sum() - r) / 3 for r in row] for row in REWARDS])
+    torch.testing.assert_close(A, REWARDS - others)
+    assert not A[2:].any()
+
+
+def test_a_long_completion_loses_up_to_one():
+    found = sa.grpo.overlong_penalty(torch.tensor([1, 6, 7, 8, 9, 10]), 10, 4)
+    assert found.tolist() == [0, 0, -0.25, -0.5, -0.75, -1]
+    for buffer in (0, 11):
+        with pytest.raises(ValueError, match=r"buffer must be in \[1, max_tokens = 10\], got"):
+            sa.grpo.overlong_penalty(torch.tensor([1]), 10, buffer)
+
+
+@pytest.mark.parametrize("estimator", objective.KLS)
+def test_kl_and_the_gradient_of_its_estimators(estimator):
+    """Over all tokens, weighed by their probabilities: what sampling has in expectation."""
+    g = torch.Generator().manual_seed(0)
+    z, ref = torch.randn(2, 1, 20, generator=g, dtype=torch.float64)
+    ref = ref.log_softmax(-1)
+    z.requires_grad_()
+    logp, ones = z.log_softmax(-1), torch.ones(1, 20)
+    p = logp.exp()
+    exact = (p * (logp - ref)).sum()
+    (gradient,) = torch.autograd.grad(exact, z, retain_graph=True)
+    seen = sa.grpo.kl(logp, ref, estimator)
+    if estimator != "k2":
+        torch.testing.assert_close((p * seen).sum(), exact)
+
+    def expected_gradient(unbiased):
+        weighed = 0.0
+        for t in range(20):
+            one = torch.nn.functional.one_hot(torch.tensor([t]), 20) * ones
+            penalty = sa.grpo.kl_penalty(
+                logp, logp.detach(), ref, one, "dapo", estimator, 1.0, unbiased=unbiased
+            )
+            weighed = weighed + p[0, t].detach() * penalty
+        return torch.autograd.grad(weighed, z, retain_graph=True)[0]
+
+    if estimator == "k2":
+        torch.testing.assert_close(expected_gradient(False), gradient)
+    else:
+        torch.testing.assert_close(expected_gradient(True), gradient)
+    if estimator == "k1":
+        torch.testing.assert_close(expected_gradient(False), torch.zeros_like(z))
+    with pytest.raises(ValueError, match="kind must be one of k1, k2, k3, got 'k4'"):
+        sa.grpo.kl(logp, ref, "k4")
+
+
+@pytest.mark.parametrize("kind", objective.LOSSES)
 def test_losses_of_micro_batches_add_up(batch, kind):
     logp, _, _, mask = batch
     divisor = sa.grpo.normalizer(mask, kind, 9)
@@ -97,7 +180,7 @@ def test_losses_of_micro_batches_add_up(batch, kind):
         torch.testing.assert_close(summed, whole, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("kind", objective.LOSSES)
 def test_tokens_after_the_end_never_matter(batch, kind):
     logp, old, A, mask = batch
     expected = sa.grpo.loss(*batch, kind=kind)
@@ -137,12 +220,9 @@ def test_advantages_come_as_they_are_or_flat(batch):
 
 
 def test_an_enormous_ratio_stays_finite():
-    assert objective.ratio(torch.tensor(300.0), torch.tensor(0.0)).item() == pytest.approx(
-        math.exp(20)
-    )
-    assert objective.ratio(torch.tensor(-1.0), torch.tensor(0.5)).item() == pytest.approx(
-        math.exp(-1.5)
-    )
+    one = torch.ones(1, 1)
+    assert objective.ratio(300 * one, 0 * one, one).item() == pytest.approx(math.exp(20))
+    assert objective.ratio(-one, 0.5 * one, one).item() == pytest.approx(math.exp(-1.5))
     logp = torch.tensor([[0.0, -300.0]], requires_grad=True)
     old = torch.tensor([[-300.0, 0.0]])
     for A in (1.0, -1.0):
@@ -152,10 +232,12 @@ def test_an_enormous_ratio_stays_finite():
 
 def test_no_token_at_all():
     logp = torch.zeros(2, 3, requires_grad=True)
-    for kind in ("grpo", "dr_grpo", "dapo"):
+    for kind in objective.LOSSES:
         loss = sa.grpo.loss(logp, torch.zeros(2, 3), torch.ones(2), torch.zeros(2, 3), kind=kind)
         assert loss.item() == 0.0
-    with pytest.raises(ValueError, match="loss must be one of grpo, dr_grpo, dapo, got 'ppo'"):
+    with pytest.raises(
+        ValueError, match="loss must be one of grpo, dr_grpo, dapo, cispo, gspo, got"
+    ):
         sa.grpo.loss(logp, logp, torch.ones(2), torch.ones(2, 3), kind="ppo")
 
 

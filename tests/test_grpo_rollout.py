@@ -16,9 +16,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import structadapt as sa
 from structadapt import ops
 from structadapt.examples import tiny_lm
-from structadapt.grpo.loop import Config
+from structadapt.grpo.config import Config
+from structadapt.grpo.noise import uniforms
 from structadapt.grpo.output_head import find_head
-from structadapt.grpo.rollout import Rollout, evaluating, generate, logprobs
+from structadapt.grpo.rollout import Rollout, _draw, evaluating, generate, logprobs
 
 EOS = 3
 PROMPTS = [[5, 6, 7], [8], [9, 4, 5, 6, 7, 8], [5, 6, 7], [5, 6, 7], [EOS, 5], [5]]
@@ -88,8 +89,15 @@ def build(name):
 
 def rollout(model, prompts=PROMPTS, **options):
     defaults = {"eos_token_ids": [EOS], "max_new_tokens": 8, "pad_token_id": EOS}
-    options.setdefault("generator", torch.Generator().manual_seed(1))
-    return generate(model, prompts, **(defaults | options))
+    options = defaults | options
+    noise = torch.Generator().manual_seed(1)
+    options.setdefault(
+        "noise",
+        torch.rand(len(prompts), options["max_new_tokens"], generator=noise)
+        if options["max_new_tokens"] > 0
+        else None,
+    )
+    return generate(model, prompts, **options)
 
 
 def test_sampled_and_recomputed_logprobs_agree(model):
@@ -175,13 +183,87 @@ def test_a_cache_is_used(model, monkeypatch):
 
 
 def test_greedy_and_seeds(model):
-    greedy = [rollout(model, temperature=0, generator=torch.Generator()) for _ in range(2)]
+    greedy = [rollout(model, temperature=0, noise=None) for _ in range(2)]
     assert torch.equal(greedy[0].completion, greedy[1].completion)
     same = [rollout(model).completion for _ in range(2)]
     assert torch.equal(*same)
     state = torch.get_rng_state()
     rollout(model)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 5])
+@pytest.mark.parametrize("share", [False, True])
+def test_a_sequence_does_not_depend_on_what_runs_beside_it(model, slots, share):
+    """Sequences of all lengths that leave early, and others that take their places."""
+    if share and isinstance(model, Plain):
+        return
+    prompts = [p for p in PROMPTS for _ in range(2)]
+    expected = rollout(model, prompts, share_prompts=share)
+    found = rollout(model, prompts, slots=slots, share_prompts=share)
+    for field in ("prompt", "prompt_mask", "completion", "mask", "truncated"):
+        assert torch.equal(getattr(found, field), getattr(expected, field))
+    torch.testing.assert_close(found.logp, expected.logp, rtol=1e-4, atol=1e-5)
+    assert len({int(n) for n in expected.mask.sum(1)}) > 2
+
+
+def test_finished_sequences_leave_and_others_take_their_places(monkeypatch):
+    model, sizes = build("tiny"), []
+    forward = Tiny.forward
+
+    def spy(self, input_ids, *args, **kwargs):
+        sizes.append(tuple(input_ids.shape))
+        return forward(self, input_ids, *args, **kwargs)
+
+    spy.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(Tiny, "forward", spy)
+    r = rollout(model, PROMPTS * 8, max_new_tokens=20, slots=8)
+    tokens, read = int(r.mask.sum()), sum(n for n, length in sizes if length == 1)
+    assert read == tokens - len(r), "the last token of a sequence is not read, and none after it"
+    assert max(n for n, _ in sizes) == 8
+    held = sum(n for n, length in sizes if length == 1) / sum(1 for _, n in sizes if n == 1)
+    assert held > 4, "the batch stays full"
+
+
+def test_a_sliding_window_is_filled_again_when_it_is_empty():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1,
+        eos_token_id=EOS, initializer_range=0.5, sliding_window=4,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    one = [p for p in PROMPTS if len(p) == 1] * 3
+    assert torch.equal(rollout(model, one).completion, rollout(model, one, slots=4).completion)
+
+
+def test_logits_that_are_not_finite_are_named():
+    model = build("plain")
+    with torch.no_grad():
+        model.embed.weight[7] = torch.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(FloatingPointError, match="logits are not finite for prompt 1"):
+            rollout(model, [[5], [7]], temperature=temperature)
+
+
+def test_noise_has_a_row_for_each_key():
+    keys = [(s, t, p, i) for s in range(3) for t in range(3) for p in range(3) for i in range(3)]
+    u = uniforms(keys, 500)
+    assert u.dtype == torch.float64 and u.min() >= 0 and u.max() < 1
+    assert torch.equal(u[5:6, :20], uniforms(keys[5:6], 20))
+    assert len(u.unique()) == u.numel()
+    assert abs(u.mean() - 0.5) < 4 * (1 / 12 / u.numel()) ** 0.5
+    correlation = torch.corrcoef(u)
+    assert (correlation - torch.eye(len(u))).abs().max() < 5.5 / 500**0.5
+
+
+def test_a_token_without_probability_is_never_drawn():
+    logits = torch.tensor([0.0, -torch.inf, 1.0, -torch.inf]).repeat(4, 1)
+    noise = torch.tensor([0.0, 1 - 2**-24, 1.0, 0.268941])
+    token = _draw(logits, 1.0, noise, torch.arange(4))
+    assert token.tolist() == [0, 2, 2, token[3].item()] and token[3] in (0, 2)
 
 
 def test_samples_follow_the_distribution_at_the_temperature():
@@ -320,8 +402,8 @@ def test_what_is_refused():
         rollout(build("plain"), [])
     with pytest.raises(ValueError, match="share_prompts needs a cache, and Plain.forward has none"):
         rollout(build("plain"), share_prompts=True)
-    for options in ({"max_new_tokens": 0}, {"temperature": -1.0}):
-        with pytest.raises(ValueError, match="max_new_tokens must be at least 1 and temperature"):
+    for options in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"slots": 0}):
+        with pytest.raises(ValueError, match="max_new_tokens and slots must be at least 1"):
             rollout(build("plain"), **options)
 
 

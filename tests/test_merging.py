@@ -179,3 +179,38 @@ def test_a_thousand_merges_of_fresh_updates_leave_a_bf16_base_alone(net, ids, ki
     assert all(torch.equal(p, base[n]) for n, p in net.named_parameters() if n in base)
     with sa.disabled(net):
         assert torch.equal(net(ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "taken"),
+    [
+        (torch.float32, 1e-4, True),
+        (torch.bfloat16, 1e-4, False),
+        (torch.bfloat16, 1e-3, False),
+        (torch.bfloat16, 3e-2, True),
+    ],
+)
+def test_rollouts_are_merged_where_nothing_is_lost(dtype, size, taken):
+    model = adapted(dtype, size)
+    W = model[0].weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with sa.merged_if_exact(model):
+            assert (model[0].base_weight is not None) == taken
+            assert torch.equal(model[0].weight, W) != taken
+    assert torch.equal(model[0].weight, W) and model[0].base_weight is None
+    with pytest.raises(KeyError), sa.merged_if_exact(model):
+        raise KeyError
+    assert torch.equal(model[0].weight, W) and model[0].base_weight is None
+
+
+def test_rollouts_of_what_cannot_be_merged_run_as_they_are():
+    model = adapted(torch.float32, 1e-2)
+    with sa.merged(model), sa.merged_if_exact(model):
+        assert model[0].base_weight is not None
+    assert model[0].base_weight is None
+    tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    tied[1].weight = tied[0].weight
+    sa.adapt(tied, sa.LoRA(rank=2), "0")
+    with sa.merged_if_exact(tied):
+        assert tied[0].base_weight is None

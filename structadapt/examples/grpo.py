@@ -15,6 +15,7 @@ import copy
 import json
 import platform
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -34,8 +35,9 @@ from structadapt.examples import show, tiny_lm
 from structadapt.examples.options import (
     Settings,
     build_adapter,
+    check_same,
+    directory,
     learning_rate,
-    new_directory,
 )
 from structadapt.examples.process import first_interrupt, peak_memory_mib
 from structadapt.files import write_atomically
@@ -80,13 +82,14 @@ class Run:
     model: tiny_lm.TinyLM
     config: sa.grpo.Config
     out: Path
+    going_on: bool = False  # with the run that was stopped in `out`
 
     @classmethod
     def prepare(cls, settings: Settings) -> "Run":
         """Check everything that can be checked, then make the directory.
 
-        Raises ValueError for settings that make no sense, OSError for a directory that exists or
-        cannot be made.
+        Raises ValueError for settings that make no sense, OSError for a directory that cannot be
+        made, or exists and does not hold this run, stopped before its end.
         """
         settings.check()
         adapter = build_adapter(settings)
@@ -109,17 +112,24 @@ class Run:
             share_prompts=True,
             seed=settings.seed,
         )
-        return cls(settings, adapter, model, config, new_directory(settings))
+        run = cls(settings, adapter, model, config, directory(settings))
+        run.going_on = check_same(run.out, run._describe())
+        return run
 
     def execute(self, progress: show.Progress, interrupted: Callable[[], bool]) -> dict[str, Any]:
         """Cold start, GRPO, evaluation; writes every file of the directory."""
         began = time.perf_counter()
         self._write("config.json", self._describe())
-        self._cold_start(progress, interrupted)
-        base = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
-        write_atomically(self.out / "base.safetensors", safetensors.torch.save(base))
+        if self.going_on and self._states.folder.is_dir():  # which the cold start came before
+            base = safetensors.torch.load_file(self.out / "base.safetensors")
+            self.model.load_state_dict(base)
+        else:
+            self._cold_start(progress, interrupted)
+            base = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+            write_atomically(self.out / "base.safetensors", safetensors.torch.save(base))
         parameters = self._adapt()
-        self._save()
+        if not self.going_on:
+            self._save()
         cold = time.perf_counter()
 
         before = None if interrupted() else self._accuracy()
@@ -143,6 +153,8 @@ class Run:
             "spectra": sa.spectra.analyze(self.model, None if self.adapter else base).rows,
         }
         self._write("summary.json", summary)
+        if not summary["interrupted"]:
+            shutil.rmtree(self._states.folder, ignore_errors=True)
         return summary
 
     # -- the stages --------------------------------------------------------------------------------
@@ -195,12 +207,17 @@ class Run:
             tokenizer=tiny_lm.CharTokenizer(),
             rollout_context=self._rollout_context,
             scheduler=decay,
+            checkpoints=self._states,
         )
         steps: list[dict[str, Any]] = []
         failure = None
         try:
+            record = None if interrupted() else next(run, None)
+            if self.going_on and record is not None:
+                steps = self._logged(record.step)
             with open(self.out / "metrics.jsonl", "w") as log:
-                while not interrupted() and (record := next(run, None)) is not None:
+                log.writelines(json.dumps(step) + "\n" for step in steps)
+                while record is not None:
                     look = (record.step + 1) % EVAL_EVERY == 0 or record.step + 1 == total
                     held_out = self._evaluate("curve", CURVE_PROBLEMS).mean if look else None
                     steps.append({**asdict(record), "held_out": held_out})
@@ -209,6 +226,7 @@ class Run:
                     progress.step(steps[-1], total)
                     if look or interrupted():
                         self._save()
+                    record = None if interrupted() else next(run, None)
         except (FloatingPointError, ValueError) as error:  # not finite: a gradient, a merged weight
             failure = str(error)
         progress.close()
@@ -222,6 +240,16 @@ class Run:
             write_atomically(self.out / "model.safetensors", data)
 
     # -- helpers -----------------------------------------------------------------------------------
+
+    @property
+    def _states(self) -> sa.grpo.Checkpoints:
+        return sa.grpo.Checkpoints(self.out / "states", every=EVAL_EVERY)
+
+    def _logged(self, step: int) -> list[dict[str, Any]]:
+        """The records before a step that were written before the run was stopped."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines[:step]]
 
     def _rollout_context(self) -> contextlib.AbstractContextManager[None]:
         adapted = find_adapted(self.model)  # not yet, in the cold start

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structadapt as sa
 from structadapt.adapters import Adapter
@@ -70,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of base model, data and noise (default: 0)")
     add("--prompts", type=int, default=8192, help="prompts of the GRPO epoch (default: 8192)")
     add("--cold-start", type=float, default=0.2, metavar="ACC", help=_COLD_START)
-    add("--out", metavar="DIR", help="a new directory for the results (default: runs/...)")
+    add("--out", metavar="DIR", help="directory for the results (default: a new one in runs); "
+        "of a run that was stopped: it goes on")  # fmt: skip
     add("--json", action="store_true", help="print the summary as JSON and nothing else")
     add("--quiet", action="store_true", help="no progress")
 
@@ -105,13 +108,14 @@ def learning_rate(settings: Settings) -> float:
     return 3e-4 if settings.adapter == "full" else 2e-3
 
 
-def new_directory(settings: Settings) -> Path:
-    """Make the directory for the results; one that exists is never written into."""
+def directory(settings: Settings) -> Path:
+    """Make the directory for the results. One that exists is only gone on with if it holds a run
+    that was stopped (see `check_same`)."""
     if settings.out is not None:
         out = Path(settings.out)
-        if out.exists():
+        if out.exists() and not (out / "config.json").is_file():
             raise FileExistsError(f"--out {out} exists: choose another name, or remove it")
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         return out
     name = Path("runs") / f"grpo-{settings.adapter or 'lora'}-seed{settings.seed}"
     for number in range(1, 10_000):
@@ -120,6 +124,36 @@ def new_directory(settings: Settings) -> Path:
             out.mkdir(parents=True)
             return out
     raise FileExistsError(f"{name} and thousands like it exist: choose --out")
+
+
+def check_same(out: Path, config: dict[str, Any]) -> bool:
+    """Whether `out` holds a run with this description that was stopped and can go on.
+
+    Raises FileExistsError for one that is finished, or whose description differs, and says where.
+    """
+    if not (out / "config.json").is_file():
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        if not json.loads((out / "summary.json").read_text())["interrupted"]:
+            raise FileExistsError(
+                f"--out {out} exists and its run is finished: choose another name"
+            )
+    stored, here = (_flat(c) for c in (json.loads((out / "config.json").read_text()), config))
+    for name in here:
+        if name != "settings.out" and stored.get(name) != here[name]:
+            raise FileExistsError(
+                f"--out {out} exists and holds another run: its {name} is {stored.get(name)!r}, "
+                f"and here {here[name]!r}; choose another name"
+            )
+    return True
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested dicts, as JSON has them."""
+    if not isinstance(value, dict):
+        return {name: json.loads(json.dumps(value))}
+    parts = [_flat(v, f"{name}.{k}" if name else str(k)) for k, v in value.items()]
+    return {k: v for part in parts for k, v in part.items()}
 
 
 def _axes(text: str) -> int | tuple[int, ...]:

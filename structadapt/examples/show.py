@@ -20,6 +20,7 @@ class Progress:
         self.bar: Any = None
         self.began = 0.0
         self.dead = False
+        self.alarms: set[str] = set()  # kinds that were told
 
     def say(self, line: str) -> None:
         if self.quiet:
@@ -49,6 +50,11 @@ class Progress:
                 f"step {record['step']}: all rewards of every group are equal (mean "
                 f"{record['reward']:.3f}), so all advantages and the gradient are exactly zero"
             )
+        for alarm in record["alarms"]:
+            kind = alarm.split(":")[0]
+            if kind not in self.alarms:
+                self.alarms.add(kind)
+                self.say(f"step {record['step']}: {alarm}")
         if self.bar is not None:
             held_out = record["held_out"]
             shown = {} if held_out is None else {"held-out": f"{held_out:.2f}"}

@@ -3,27 +3,38 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from structadapt.grpo.loop import Config, RolloutContext, sample, slices
+from structadapt.grpo.config import Config
 from structadapt.grpo.rewards import Prompt, Reward, record, score, with_meta
 from structadapt.grpo.rollout import evaluating
+from structadapt.grpo.sampling import sample
+from structadapt.grpo.update import Context, slices
 
 Z = 1.959964  # the 97.5 % quantile of the normal distribution
+EVALUATION = 2**40  # in place of a step in the key of the noise
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Mean reward on some prompts, with its 95 % confidence interval."""
+class Interval:
+    """A mean over prompts with its 95 % confidence interval."""
 
     mean: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Evaluation(Interval):
+    """Mean reward on some prompts, with its 95 % confidence interval."""
+
     count: int  # completions
+    pass_at: dict[int, Interval] = field(default_factory=dict)  # k: share of prompts solved in k
+    faults: int = 0  # rewards that failed, and counted as 0
 
 
 def evaluate(
@@ -33,33 +44,68 @@ def evaluate(
     config: Config,
     *,
     greedy: bool = False,
+    samples: int = 1,
+    k: Sequence[int] = (),
     tokenizer: Any = None,
-    rollout_context: RolloutContext = nullcontext,
+    rollout_context: Context = nullcontext,
     seed: int = 0,
     batch_size: int = 512,
 ) -> Evaluation:
-    """One completion of each prompt, sampled at the config's temperature or greedy, in eval mode.
+    """Completions of each prompt, sampled at the config's temperature or greedy, in eval mode.
 
-    The interval is Wilson's (1927) if every reward is 0 or 1, else the normal one. ValueError for
-    no prompts, or prompts of the wrong form.
+    samples: completions of each prompt. k: the k of `pass_at_k` to report, at most `samples`; a
+    completion is right if its reward is 1 or more. The same seed gives the same samples, whatever
+    the batch size (up to rounding).
+
+    The interval is Wilson's (1927) if every reward is 0 or 1 and a prompt has one, else the normal
+    one over the prompts' means. ValueError for no prompts, prompts of the wrong form, samples < 1,
+    k outside [1, samples], several greedy samples; RuntimeError for too many rewards that fail.
     """
     if not len(prompts):
         raise ValueError("no prompts to evaluate on")
+    if samples < 1 or not all(1 <= n <= samples for n in k) or (greedy and samples > 1):
+        raise ValueError(
+            f"samples must be at least 1, 1 if greedy, and every k at most samples; got {samples}, "
+            f"greedy={greedy}, k={tuple(k)}"
+        )
     records = [record(prompt, tokenizer) for prompt in prompts]
-    noise = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    rewards, checked = [], with_meta(reward)
+    rewards, faults, checked = [], 0, with_meta(reward)
     temperature = 0.0 if greedy else config.temperature
     with evaluating(model), rollout_context():
-        for rows in slices(len(records), batch_size):
-            batch = records[rows]
-            rollout = sample(model, batch, config, noise, 1, temperature)
-            rewards.append(score(rollout, batch, checked, config.eos_token_ids, tokenizer))
+        for rows in slices(len(records), max(batch_size // samples, 1)):
+            batch, places = records[rows], range(len(records))[rows]
+            keys = [(seed, EVALUATION, p, i) for p in places for i in range(samples)]
+            rollout = sample(model, batch, config, keys, temperature)
+            scores = score(rollout, batch, checked, config.eos_token_ids, tokenizer,
+                           config.max_reward_faults)  # fmt: skip
+            rewards.append(scores.rewards)
+            faults += len(scores.faults)
     values = torch.cat(rewards)
-    mean, count = values.mean().item(), len(values)
+    right = (values >= 1).sum(1)
+    pass_at = {n: over_prompts(pass_at_k(right, samples, n)) for n in k}
+    whole = over_prompts(values.mean(1))  # the samples of one prompt are not independent
+    return Evaluation(whole.mean, whole.low, whole.high, values.numel(), pass_at, faults)
+
+
+def pass_at_k(right: Tensor, samples: int, k: int) -> Tensor:
+    """1 - C(n - c, k) / C(n, k), the unbiased estimate from n = `samples` completions of each
+    prompt, c = `right` of which are right, that one of k is (Chen et al. 2021, eq. 1).
+
+    right (P,) int -> (P,) float64. ValueError for k outside [1, samples].
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"k must be in [1, {samples}], got {k}")
+    wrong = [math.comb(samples - int(c), k) / math.comb(samples, k) for c in right]
+    return 1 - torch.tensor(wrong, dtype=torch.float64)
+
+
+def over_prompts(values: Tensor) -> Interval:
+    """The mean of one value for each prompt (P,)."""
+    mean = values.mean().item()
     if ((values == 0) | (values == 1)).all():
-        return Evaluation(mean, *wilson(mean, count), count)
-    half = Z * (values.var(correction=0) / count).sqrt().item()
-    return Evaluation(mean, mean - half, mean + half, count)
+        return Interval(mean, *wilson(mean, len(values)))
+    half = Z * (values.var(correction=min(len(values) - 1, 1)) / len(values)).sqrt().item()
+    return Interval(mean, mean - half, mean + half)
 
 
 def wilson(share: float, count: int, z: float = Z) -> tuple[float, float]:

@@ -1,25 +1,15 @@
-"""Sample completions, and the log-probability that a model gives them.
+"""Sample completions, and the log-probability that a model gives them."""
 
-A model is any callable module on token ids. Two forms are understood:
-    transformers: forward(input_ids, attention_mask, position_ids, past_key_values, use_cache)
-        with .logits and .past_key_values in what it returns (or `cache` for both, as newer
-        versions call it): sampled with its cache;
-    plain: forward(ids, mask, position_ids) -> logits, without the last or the last two if it
-        likes: every new token runs the whole sequence.
-mask may be called attention_mask, and position_ids positions; other names go by place.
-logits (N, L, V); ids and position_ids (N, L) int64; mask (N, L) int64, 1 where there is a token.
-"""
-
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from structadapt import ops
+from structadapt.grpo.network import Network, innermost
 from structadapt.grpo.output_head import NotPlainError, OutputHead, draws, find_head, refuse
 
 Head = Literal["auto", "logits"]
@@ -37,16 +27,27 @@ class Rollout:
     logp: Tensor  # (N, T) float: of each token when it was drawn, at the sampling temperature
     entropy: Tensor  # (N, T) float: of the distribution it was drawn from, nats
     truncated: Tensor  # (N,) bool: no end-of-sequence token within the limit
+    ref_logp: Tensor | None = None  # (N, T) float: of the reference policy
+    weights: Tensor | None = None  # (N, T) float: of each token, for the sampler's difference
 
     def __len__(self) -> int:
         return len(self.prompt)
 
     def __getitem__(self, rows: slice) -> "Rollout":
         """Some of the sequences, without the columns that none of them uses."""
-        part = Rollout(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
-        width = max(int(part.mask.sum(1).max()), 1)
-        new = {n: getattr(part, n)[:, :width] for n in ("completion", "mask", "logp", "entropy")}
-        return Rollout(part.prompt, part.prompt_mask, **new, truncated=part.truncated)
+        longest = int(self.mask[rows].sum(1).amax()) if len(self.mask[rows]) else 0
+
+        def cut(t: Tensor) -> Tensor:
+            return t[rows, : max(longest, 1)]
+
+        def cut_if(t: Tensor | None) -> Tensor | None:
+            return None if t is None else cut(t)
+
+        return Rollout(
+            self.prompt[rows], self.prompt_mask[rows], cut(self.completion), cut(self.mask),
+            cut(self.logp), cut(self.entropy), self.truncated[rows], cut_if(self.ref_logp),
+            cut_if(self.weights),
+        )  # fmt: skip
 
     def completions(self, eos_token_ids: Sequence[int]) -> list[list[int]]:
         """The new tokens of each sequence, without the end-of-sequence token."""
@@ -64,45 +65,141 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     pad_token_id: int = 0,
-    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
     share_prompts: bool = False,
+    slots: int | None = None,
+    together: Callable[[bool], bool] | None = None,
 ) -> Rollout:
     """Sample one completion of each prompt; `temperature=0` takes the likeliest token each time.
 
-    The pad token may equal an end-of-sequence token: masks go by position. The model runs as it
-    is: see `evaluating` for eval mode. generator: on the model's device. share_prompts: run equal
-    prompts that stand together once; needs a model with a cache.
+    A finished sequence leaves the batch at once, and where there are more prompts than `slots`, the
+    next ones take the places as soon as a quarter of them is free, so that no long completion holds
+    the others. (Caches other than keys and values of every token, such as sliding windows, are
+    filled again when all have left.) The pad token may equal an end-of-sequence token: masks go by
+    position. The model runs as it is: see `evaluating` for eval mode.
+
+    noise: (N, max_new_tokens) in [0, 1): the number that decides each token, so that a sequence is
+    the same whatever runs beside it (up to rounding); by default torch's global generator's.
+    share_prompts: run equal prompts that stand together once; needs a model with a cache.
+    slots: sequences in the batch at once; None: all.
+    together: for models whose forward is a collective call (sharded ones): whether any process
+    says yes. Every process then calls the model equally often.
 
     Raises ValueError for max_new_tokens < 1 or temperature < 0; an empty prompt; prompts of unequal
-    lengths for a model whose forward takes no mask; share_prompts for a model without a cache.
+    lengths for a model whose forward takes no mask; share_prompts for a model without a cache;
+    FloatingPointError for logits without a distribution (NaN).
     """
-    if max_new_tokens < 1 or temperature < 0:
+    if max_new_tokens < 1 or temperature < 0 or (slots is not None and slots < 1):
         raise ValueError(
-            f"max_new_tokens must be at least 1 and temperature not negative, "
-            f"got {max_new_tokens} and {temperature}"
+            "max_new_tokens and slots must be at least 1 and temperature not negative, "
+            f"got {max_new_tokens}, {slots} and {temperature}"
         )
     device = next(model.parameters()).device
     prompt, prompt_mask = _pad_left(prompts, pad_token_id, device)
-    network = _Network(model, padded=not bool(prompt_mask.all()))
+    N, T = len(prompt), max_new_tokens
+    noise = (torch.rand(N, T) if noise is None else noise).to(device, torch.float32)
     eos = torch.tensor(list(eos_token_ids), device=device, dtype=torch.long)
-    alive = torch.ones(len(prompt), dtype=torch.bool, device=device)
-    logits = network.start(prompt, prompt_mask, share_prompts)
-    mask = prompt_mask
-    columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for position in range(max_new_tokens):
-        token = _draw(logits, temperature, generator)
+    completion = torch.full((N, T), pad_token_id, device=device)
+    mask = torch.zeros(N, T, dtype=torch.long, device=device)
+    logps, entropies = (torch.zeros(N, T, device=device) for _ in range(2))
+    truncated = torch.ones(N, dtype=torch.bool, device=device)
+    batch = _Batch(model, prompt, prompt_mask, share_prompts, min(slots or N, N), together)
+    while batch.step():
+        rows, at, logits = batch.rows, batch.lengths, batch.logits
+        if not len(rows):
+            continue  # others are not done
+        token = _draw(logits, temperature, noise[rows, at], rows)
+        completion[rows, at], mask[rows, at] = token, 1
         logp, entropy = ops.token_logprobs(logits, token, temperature or 1.0)
-        token = torch.where(alive, token, pad_token_id)
-        columns.append((token, alive.long(), logp * alive, entropy * alive))
-        mask = torch.cat([mask, alive.long()[:, None]], 1)
-        alive = alive & ~torch.isin(token, eos)
-        if not alive.any() or position + 1 == max_new_tokens:
-            break
-        logits = network.extend(token[:, None], mask)[:, -1]
-    completion, completion_mask, logps, entropies = (
-        torch.stack(c, 1) for c in zip(*columns, strict=True)
-    )
-    return Rollout(prompt, prompt_mask, completion, completion_mask, logps, entropies, alive)
+        logps, entropies = logps.to(logp.dtype), entropies.to(logp.dtype)  # float64 if logits are
+        logps[rows, at], entropies[rows, at] = logp, entropy
+        ended = torch.isin(token, eos)
+        truncated[rows[ended]] = False
+        batch.put(token, ended | (at + 1 == T))
+    whole = Rollout(prompt, prompt_mask, completion, mask, logps, entropies, truncated)
+    return whole[:]  # without the columns that no sequence reached
+
+
+class _Batch:
+    """The sequences in work: `step` brings their next logits, `put` their tokens."""
+
+    def __init__(
+        self, model: nn.Module, prompt: Tensor, prompt_mask: Tensor, share: bool, slots: int,
+        together: Callable[[bool], bool] | None,
+    ) -> None:  # fmt: skip
+        self.model, self.prompt, self.prompt_mask = model, prompt, prompt_mask
+        self.share, self.slots, self.together = share, slots, together
+        self.padded = not bool(prompt_mask.all())
+        self.next = 0  # the first prompt that waits
+        self.rows = torch.empty(0, dtype=torch.long, device=prompt.device)
+        self.network: Network | None = None
+        self.token: Tensor | None = None  # drawn and not yet read by the model
+        self.mask = self.logits = torch.empty(0)
+        self.lengths = self.rows
+
+    def step(self) -> bool:
+        """Read the last tokens and, where there is room, new prompts. False: nothing is left."""
+        busy = len(self.rows) > 0
+        if self._any(busy):
+            if busy:
+                assert self.network is not None and self.token is not None
+                ones = torch.ones_like(self.token)[:, None]
+                self.mask = torch.cat([self.mask, ones], 1)
+                self.logits = self.network.extend(self.token[:, None], self.mask)[:, -1]
+            else:
+                self._idle()
+        free, waiting = self.slots - len(self.rows), len(self.prompt) - self.next
+        able = not busy or (self.network is not None and self.network.joins)
+        wanted = waiting > 0 and able and (not busy or free >= max(self.slots // 4, 1))
+        if self._any(wanted):
+            if wanted:
+                self._admit(min(free, waiting))
+            else:
+                self._idle()
+        return self._any(len(self.rows) > 0)
+
+    def put(self, token: Tensor, done: Tensor) -> None:
+        """The tokens (n,) of the sequences in work; those that are `done` leave."""
+        self.token, self.lengths = token, self.lengths + 1
+        if done.any():
+            kept = (~done).nonzero()[:, 0]
+            self.rows, self.token, self.lengths = (
+                t[kept] for t in (self.rows, token, self.lengths)
+            )
+            if len(kept):
+                assert self.network is not None
+                mask = self.mask[kept]
+                empty = int(mask.any(0).long().argmax()) if self.network.joins else 0
+                self.mask = mask[:, empty:]
+                self.network.keep(kept, empty)
+
+    def _admit(self, count: int) -> None:
+        """Run the next prompts, and have them take part."""
+        new = torch.arange(self.next, self.next + count, device=self.prompt.device)
+        self.next += count
+        mask = self.prompt_mask[new]
+        empty = int(mask.any(0).long().argmax())
+        ids, mask = self.prompt[new, empty:], mask[:, empty:]
+        network = Network(self.model, padded=self.padded)
+        logits = network.start(ids, mask, self.share)
+        zeros = torch.zeros_like(new)
+        if not len(self.rows):
+            self.network, self.mask, self.logits = network, mask, logits
+            self.rows, self.lengths = new, zeros
+            return
+        assert self.network is not None
+        width = max(self.mask.shape[1], mask.shape[1])
+        self.network.join(network, width)
+        self.mask = torch.cat([_wide(self.mask, width), _wide(mask, width)])
+        self.logits = torch.cat([self.logits, logits])
+        self.rows, self.lengths = torch.cat([self.rows, new]), torch.cat([self.lengths, zeros])
+
+    def _any(self, yes: bool) -> bool:
+        return yes if self.together is None else self.together(yes)
+
+    def _idle(self) -> None:
+        """Take part in a forward that other processes need."""
+        Network(self.model, padded=False).logits(self.prompt[:1, -1:], self.prompt_mask[:1, -1:])
 
 
 def logprobs(
@@ -121,7 +218,7 @@ def logprobs(
     layer (see `output_head`): the logits (N, L, V) are then never made, nor rounded to bf16.
     "logits" always makes them.
     """
-    plain = find_head(model) if head == "auto" and _innermost(model) is model else None
+    plain = find_head(model) if head == "auto" and innermost(model) is model else None
     reason = None
     if plain is not None:
         linear = plain.linear
@@ -148,7 +245,7 @@ def _over_completions(
     """What each completion token was drawn from: logits (N, T, V), or hidden states (N, T, H)."""
     new = rollout.completion[:, :-1]
     mask = torch.cat([rollout.prompt_mask, rollout.mask], 1)[:, :-1]
-    network = _Network(model, padded=not bool(rollout.prompt_mask.all()), head=head)
+    network = Network(model, padded=not bool(rollout.prompt_mask.all()), head=head)
     if not share_prompts:
         ids = torch.cat([rollout.prompt, new], 1)
         return network.logits(ids, mask)[:, rollout.prompt.shape[1] - 1 :]
@@ -170,135 +267,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-MASK_NAMES, POSITION_NAMES = ("attention_mask", "mask"), ("position_ids", "positions")
-CACHE_NAMES = ("past_key_values", "cache")
-
-
-class _Network:
-    """One way to call a model of either form; keeps the cache between tokens.
-
-    With `head`, hidden states before the head stand wherever logits are spoken of.
-    """
-
-    def __init__(self, model: nn.Module, padded: bool, head: OutputHead | None = None) -> None:
-        self.model, self.head = model, head
-        innermost = _innermost(model)
-        self.kind = type(innermost).__name__
-        signature = inspect.signature(innermost.forward)
-        parameters = signature.parameters
-        self.cache_name = next((name for name in CACHE_NAMES if name in parameters), "")
-        self.cached = bool(self.cache_name) and "use_cache" in parameters
-        first, *others = parameters.values()
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in others)
-        known = {*MASK_NAMES, *POSITION_NAMES}
-        required = [p.name for p in others if p.default is p.empty and p.kind not in
-                    (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in known]  # fmt: skip
-        self.mask_name, self.position_name = (
-            next((name for name in names if name in parameters), None)
-            or (names[0] if open_ended else None)
-            or (required.pop(0) if required else None)
-            for names in (MASK_NAMES, POSITION_NAMES)
-        )
-        if required or first.kind is first.VAR_POSITIONAL:
-            raise ValueError(
-                f"{self.kind}.forward{signature} is not understood: "
-                "let it take (ids, mask, position_ids)"
-            )
-        if padded and self.mask_name is None:
-            raise ValueError(
-                f"prompts of unequal lengths need padding, and {self.kind}.forward takes no mask: "
-                "pass prompts of one length, or let it take (ids, mask, position_ids)"
-            )
-        self.cache: Any = None
-        self.ids: Tensor | None = None  # all so far, for a model without a cache
-
-    def logits(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(N, L, V) of whole sequences, without a cache."""
-        return self._call(ids, mask, _positions(mask))[1]
-
-    def start(self, ids: Tensor, mask: Tensor, share: bool) -> Tensor:
-        """(N, V) after the prompts; `extend` goes on from there."""
-        if not self.cached:
-            if share:
-                raise ValueError(f"share_prompts needs a cache, and {self.kind}.forward has none")
-            self.ids = ids
-            return self.logits(ids, mask)[:, -1]
-        rows = torch.arange(len(ids), device=ids.device)
-        if share:
-            both, rows = torch.unique_consecutive(
-                torch.cat([ids, mask], 1), dim=0, return_inverse=True
-            )
-            ids, mask = both.chunk(2, 1)
-        out, logits = self._call(ids, mask, _positions(mask), use_cache=True)
-        self.cache = _cache(out, self.cache_name)
-        if share:
-            self.cache = _take_rows(self.cache, rows)
-        return logits[rows, -1]
-
-    def extend(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(N, L, V) of L more tokens; the mask is that of the whole sequence."""
-        if self.ids is not None:
-            self.ids = torch.cat([self.ids, ids], 1)
-            return self.logits(self.ids, mask)[:, -ids.shape[1] :]
-        positions = _positions(mask)[:, -ids.shape[1] :]
-        cache = {self.cache_name: self.cache, "use_cache": True}
-        out, logits = self._call(ids, mask, positions, **cache)
-        self.cache = _cache(out, self.cache_name)
-        return logits
-
-    def _call(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, **cache: Any
-    ) -> tuple[Any, Tensor]:
-        if self.cached and not cache:
-            cache = {"use_cache": False}
-        named = {self.mask_name: mask, self.position_name: positions}
-        arguments = {name: t for name, t in named.items() if name} | cache
-        if self.head is not None:
-            return self.head.hidden(lambda: self.model(ids, **arguments), _logits)
-        out = self.model(ids, **arguments)
-        return out, _logits(out)
-
-
-def _innermost(model: nn.Module) -> nn.Module:
-    """The module that torch.compile or DistributedDataParallel wraps: it has the signature."""
-    while True:
-        parameters = inspect.signature(model.forward).parameters.values()
-        opaque = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
-        inner = getattr(model, "_orig_mod", None) or (
-            getattr(model, "module", None) if opaque else 0
-        )
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def _cache(out: Any, name: str) -> Any:
-    cache = out[1] if isinstance(out, tuple) else getattr(out, name)
-    if cache is None:
-        raise ValueError(
-            "the model returned no cache though use_cache=True was passed, as transformers' models "
-            "do with gradient checkpointing in train mode: leave out share_prompts"
-        )
-    return cache
-
-
-def _take_rows(cache: Any, rows: Tensor) -> Any:
-    """The cache of some sequences: transformers' own, or keys and values of every layer."""
-    if hasattr(cache, "batch_select_indices"):
-        cache.batch_select_indices(rows)
-        return cache
-    return [(keys[rows], values[rows]) for keys, values in cache]
-
-
-def _logits(out: Any) -> Tensor:
-    if isinstance(out, Tensor):
-        return out
-    return out[0] if isinstance(out, tuple) else out.logits
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """0 for the first real token of each row, also after padding on the left."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
+def _wide(mask: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(mask, (width - mask.shape[1], 0))
 
 
 def _pad_left(
@@ -313,8 +283,34 @@ def _pad_left(
     return ids.to(device), mask.to(device)
 
 
-def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+def _draw(logits: Tensor, temperature: float, noise: Tensor, rows: Tensor) -> Tensor:
+    """The token (n,) at which the distribution function of logits (n, V) passes `noise` (n,)."""
     if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / temperature, -1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        likeliest = logits.max(-1)
+        total, token = likeliest.values, likeliest.indices
+    else:
+        cdf = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
+        total = cdf[:, -1]
+        at = torch.minimum(noise * total, total.nextafter(torch.zeros_like(total)))
+        token = torch.searchsorted(cdf, at[:, None], right=True)[:, 0]
+    broken = rows[~torch.isfinite(total)]
+    if len(broken):
+        raise FloatingPointError(f"the model's logits are not finite for prompt {broken[0].item()}")
+    return token
+
+
+def joined(parts: Sequence[Rollout]) -> Rollout:
+    """Several rollouts below each other; shorter prompts and completions are padded."""
+    if len(parts) == 1:
+        return parts[0]
+    P = max(part.prompt.shape[1] for part in parts)
+    T = max(part.completion.shape[1] for part in parts)
+    found = {}
+    for name in ("prompt", "prompt_mask", "completion", "mask", "logp", "entropy", "truncated"):
+        tensors = [getattr(part, name) for part in parts]
+        if name.startswith("prompt"):
+            tensors = [_wide(t, P) for t in tensors]
+        elif tensors[0].dim() == 2:
+            tensors = [torch.nn.functional.pad(t, (0, T - t.shape[1])) for t in tensors]
+        found[name] = torch.cat(tensors)
+    return Rollout(**found)

@@ -1,0 +1,189 @@
+"""The next completions and their rewards, on one process or on many."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structadapt.grpo import objective, processes
+from structadapt.grpo.config import Config
+from structadapt.grpo.noise import uniforms
+from structadapt.grpo.rewards import Record, score
+from structadapt.grpo.rollout import Rollout, evaluating, generate, joined
+from structadapt.grpo.update import Context
+
+logger = logging.getLogger("structadapt")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rewards of one prompt's completions."""
+
+    rewards: Tensor  # (G,) float64
+    process: int  # that has the completions
+
+    @property
+    def equal(self) -> bool:
+        return bool(objective.equal_groups(self.rewards[None]).item())
+
+
+@dataclass
+class Batch:
+    """The completions of a step: this process's, and the rewards of all."""
+
+    rollout: Rollout  # this process's, group by group
+    own: Tensor  # (p,) places of this process's prompts in `rewards`
+    rewards: Tensor  # (P, G) float64
+    shaped: Tensor  # (P, G) with the penalty for length
+    resampled: int
+    faults: int
+    drawn: float  # tokens sampled on all processes, also of groups that were replaced
+    overlong: str
+
+    @property
+    def to_learn_from(self) -> Rollout:
+        rollout = self.rollout
+        if self.overlong == "mask":
+            mask = rollout.mask * (~rollout.truncated).long()[:, None]
+            rollout = replace(rollout, mask=mask)
+        return rollout
+
+    def means(self) -> dict[str, float]:
+        """The fields of `Step` that the rollout knows."""
+        r, count = self.rollout, self.rewards.numel()
+        cut = (r.truncated & r.mask.any(1)).sum().item()
+        sums = [r.mask.sum().item(), cut, r.entropy.sum().item()]
+        tokens, truncated, entropy = processes.total(sums)
+        return {
+            "length": tokens / count,
+            "truncated": truncated / count,
+            "entropy": entropy / max(tokens, 1),
+        }
+
+
+@dataclass
+class Sampler:
+    """Samples and rewards the next prompts."""
+
+    model: nn.Module
+    records: list[Record]
+    reward: Callable[..., float]
+    config: Config
+    tokenizer: Any
+    context: Context
+
+    def collect(self, step: int, start: int) -> tuple[Batch, int]:
+        """The groups of a step and where the next one starts.
+
+        With resampling, groups with equal rewards are replaced by those of the following prompts
+        (DAPO, Yu et al. 2025, section 3.2), as often as the config says. Where too few were found,
+        the first of the equal ones stay, so that a step has its number of groups.
+        """
+        config, rank, size = self.config, *processes.rank_and_size()
+        groups: dict[int, Group] = {}
+        own: list[tuple[range, Rollout]] = []
+        faults, drawn = 0, 0.0
+        for _ in range(config.max_resamples + 1):
+            useful = sum(not group.equal for group in groups.values())
+            end = min(start + config.prompts_per_step - useful, len(self.records))
+            if start == end:
+                break
+            mine = range(start, end)[rank::size]
+            start = end
+            rollout, rewards, failed = processes.whole(lambda m=mine: self._draw(m, step))
+            own.append((mine, rollout))
+            tokens = rollout.mask.sum().item()
+            for process, (found, n, t) in enumerate(processes.gather((rewards, failed, tokens))):
+                faults, drawn = faults + n, drawn + t
+                groups |= {p: Group(values, process) for p, values in found.items()}
+        order = self._chosen(groups)
+        places = [i for i, p in enumerate(order) if groups[p].process == rank]
+        rollout = self._of({order[i] for i in places}, own)
+        rewards = torch.stack([groups[p].rewards for p in order])
+        return Batch(
+            rollout, torch.tensor(places, dtype=torch.long), rewards,
+            self._shaped(rewards, rollout, places), len(groups) - len(order), faults, drawn,
+            config.overlong,
+        ), start  # fmt: skip
+
+    def _chosen(self, groups: dict[int, "Group"]) -> list[int]:
+        """The prompts to learn from, in order."""
+        if not self.config.max_resamples:
+            return sorted(groups)
+        useful = [p for p, group in groups.items() if not group.equal]
+        missing = max(self.config.prompts_per_step - len(useful), 0)
+        return sorted(useful + sorted(set(groups) - set(useful))[:missing])
+
+    def _of(self, wanted: set[int], own: list[tuple[range, Rollout]]) -> Rollout:
+        """The completions of some of this process's prompts, or one that does not count."""
+        G, parts = self.config.group_size, []
+        for prompts, rollout in own:
+            if wanted.issuperset(prompts):
+                parts += [rollout] if len(prompts) else []
+            else:
+                parts += [
+                    rollout[i * G : (i + 1) * G] for i, p in enumerate(prompts) if p in wanted
+                ]
+        return joined(parts) if parts else _blank(own[0][1])
+
+    def _draw(self, prompts: Sequence[int], step: int) -> tuple[Rollout, dict[int, Tensor], int]:
+        """(completions, {prompt: rewards of its group}, rewards that failed) of some prompts."""
+        config = self.config
+        chosen = [self.records[p] for p in prompts or [0]]
+        keys = [(config.seed, step, p, i) for p in prompts or [0] for i in range(config.group_size)]
+        with evaluating(self.model), self.context():
+            rollout = sample(self.model, chosen, config, keys, config.temperature)
+        if not prompts:
+            return _blank(rollout), {}, 0
+        scores = score(rollout, chosen, self.reward, config.eos_token_ids, self.tokenizer,
+                       config.max_reward_faults)  # fmt: skip
+        for fault in scores.faults:
+            logger.warning("step %d: %s", step, fault)
+        return rollout, dict(zip(prompts, scores.rewards, strict=True)), len(scores.faults)
+
+    def _shaped(self, rewards: Tensor, rollout: Rollout, places: list[int]) -> Tensor:
+        """The rewards less what too long completions lose."""
+        config = self.config
+        if not config.overlong_buffer:
+            return rewards
+        lengths = rollout.mask.sum(1).cpu()
+        penalty = objective.overlong_penalty(lengths, config.max_new_tokens, config.overlong_buffer)
+        shaped = rewards.clone()
+        groups = penalty.view(-1, config.group_size) if places else []
+        for part in processes.gather(dict(zip(places, groups, strict=True))):
+            for place, lost in part.items():
+                shaped[place] += lost
+        return shaped
+
+
+def sample(
+    model: nn.Module,
+    batch: Sequence[Record],
+    config: Config,
+    keys: Sequence[Sequence[int]],
+    temperature: float,
+) -> Rollout:
+    """Completions of each prompt, as many as there are keys for it, group by group."""
+    group_size = len(keys) // len(batch)
+    collective = processes.sharded(list(model.parameters()))
+    return generate(
+        model,
+        [record.ids for record in batch for _ in range(group_size)],
+        eos_token_ids=config.eos_token_ids,
+        max_new_tokens=config.max_new_tokens,
+        temperature=temperature,
+        pad_token_id=config.pad_token_id,
+        noise=uniforms(keys, config.max_new_tokens),
+        share_prompts=config.share_prompts,
+        slots=config.slots,
+        together=processes.any_of if collective else None,
+    )
+
+
+def _blank(rollout: Rollout) -> Rollout:
+    """A sequence that counts for nothing."""
+    one = rollout[:1]
+    return replace(one, mask=torch.zeros_like(one.mask), entropy=torch.zeros_like(one.entropy))

@@ -1,0 +1,105 @@
+"""Run by torchrun: the same training on any number of processes; what comes out in a file."""
+
+import contextlib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import structadapt as sa
+
+EOS = 3
+PROMPTS = [[5, 6, 7], [8], [9, 4, 5, 6], [5, 6], [7, 7, 7], [10], [4, 5], [11, 4], [6, 6, 6]]
+COMMON = {"eos_token_id": EOS, "max_new_tokens": 7, "group_size": 3, "prompts_per_step": 4}
+CASES = {  # name: (config, how the model is wrapped)
+    "dapo": ({"minibatches": 2, "epochs": 2}, None),
+    "grpo": ({"loss": "grpo", "micro_batch_size": 2}, None),
+    "dr_grpo": ({"loss": "dr_grpo", "advantage": "batch", "slots": 2}, None),
+    "gspo": ({"loss": "gspo", "overlong_buffer": 3, "advantage": "rloo"}, None),
+    "everything": (
+        {"kl_coef": 0.1, "importance_cap": 2.0, "overlong": "mask", "max_resamples": 2}, None,
+    ),
+    "ddp": ({"minibatches": 2}, "ddp"),
+    "fsdp": ({"micro_batch_size": 5, "minibatches": 2}, "fsdp"),
+}  # fmt: skip
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        bos_token_id=None, eos_token_id=EOS, initializer_range=0.4,
+    )  # fmt: skip
+    return sa.adapt(LlamaForCausalLM(config).double(), sa.LoRA(rank=4), seed=1)
+
+
+def reward(prompt, completion):
+    return float(sum(completion) % 3 == 0)
+
+
+def run(name, folder=None, steps=99):
+    """({parameter: value}, records) after training."""
+    options, wrap = CASES[name]
+    bare = wrapped = model()
+    if wrap == "ddp" and dist.is_initialized():
+        wrapped = DistributedDataParallel(bare)
+    if wrap == "fsdp" and dist.is_initialized():
+        for block in bare.model.layers:
+            fully_shard(block)
+        fully_shard(bare)
+    optimizer = torch.optim.SGD(sa.adapter_parameters(bare), lr=1.0, momentum=0.5)
+    config = sa.grpo.Config(**COMMON, **options)
+    checkpoints = folder and sa.grpo.Checkpoints(folder, every=1)
+    training = sa.grpo.train(
+        wrapped, optimizer, PROMPTS, reward, config, checkpoints=checkpoints,
+        reference=lambda: sa.disabled(bare),
+    )  # fmt: skip
+    records = [asdict(step) for _, step in zip(range(steps), training, strict=False)]
+    named = {n: p for n, p in bare.named_parameters() if p.requires_grad}
+    whole = {n: getattr(p, "full_tensor", lambda p=p: p)().detach() for n, p in named.items()}
+    return whole, records
+
+
+class Failing(nn.Module):
+    """The logits of one rank are NaN."""
+
+    def __init__(self, inner, broken):
+        super().__init__()
+        self.inner, self.broken = inner, broken
+
+    def forward(self, ids, mask, position_ids):
+        logits = self.inner(ids, attention_mask=mask, position_ids=position_ids).logits
+        return logits * float("nan") if self.broken else logits
+
+
+def main(out):
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    assert size == 2
+    found = {name: run(name) for name in CASES}
+    for name in ("dapo", "fsdp"):  # stopped and gone on with
+        folder = Path(out).parent / f"states_{name}"
+        run(name, folder, steps=2)
+        found[f"{name} resumed"] = run(name, folder)
+    everyone = [None] * size
+    dist.all_gather_object(everyone, found)
+    broken = Failing(model(), rank == 1)
+    optimizer = torch.optim.SGD(sa.adapter_parameters(broken.inner), lr=1.0)
+    training = sa.grpo.train(broken, optimizer, PROMPTS, reward, sa.grpo.Config(**COMMON))
+    with contextlib.suppress(FloatingPointError, RuntimeError):
+        next(training)
+        raise AssertionError("one rank fails, and all stop")
+    if rank == 0:
+        torch.save(everyone, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
