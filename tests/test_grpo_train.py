@@ -413,6 +413,17 @@ def test_later_minibatches_are_off_policy(plain):
         ({"loss": "ppo"}, "loss must be one of .*'dapo'"),
         ({"advantage": "rank"}, "advantage must be one of"),
         ({"clip_low": 1.5}, "clip_low"),
+        ({"seed": -1}, "seed must be an integer, at least 0"),
+        ({"max_resamples": -1}, "max_resamples"),
+        ({"slots": 0}, "slots must be None or an integer"),
+        ({"epochs": 0}, "epochs"),
+        ({"kl": "k4"}, "kl must be one of"),
+        ({"kl_coef": -1.0}, "kl_coef"),
+        ({"importance_cap": 0}, "importance_cap must be None or positive"),
+        ({"overlong": "cut"}, "overlong must be one of"),
+        ({"overlong_buffer": 257}, "overlong_buffer must be in"),
+        ({"nonfinite": "ignore"}, "nonfinite must be one of"),
+        ({"on_collapse": "cry"}, "on_collapse must be one of"),
         ({"clip_high": -0.1}, "clip_high"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
     ],
@@ -441,6 +452,12 @@ def test_train_refuses_before_the_first_step(plain):
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the optimizer requires a gradient"):
         sa.grpo.train(plain, optimizer, [[1]], count_fives, config)
+    low = copy.deepcopy(plain).requires_grad_(True).bfloat16()
+    optimizer = torch.optim.SGD(low.parameters(), lr=1.0)
+    with pytest.raises(
+        ValueError, match="embed.weight, up.weight, up.bias and 2 more would train in"
+    ):
+        sa.grpo.train(low, optimizer, [[1]], count_fives, config)
 
 
 def test_too_many_failed_rewards_name_the_first_prompt(plain):

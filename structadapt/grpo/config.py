@@ -66,8 +66,10 @@ class Config:
             value = getattr(self, name)
             good = value is None or (isinstance(value, int) and value >= 1)
             _check(good, name, "None or an integer, at least 1", value)
-        good = isinstance(self.max_resamples, int) and self.max_resamples >= 0
-        _check(good, "max_resamples", "an integer, at least 0", self.max_resamples)
+        for name in ("max_resamples", "seed"):
+            value = getattr(self, name)
+            good = isinstance(value, int) and value >= 0
+            _check(good, name, "an integer, at least 0", value)
         good = 0 <= self.overlong_buffer <= self.max_new_tokens
         _check(good, "overlong_buffer", "in [0, max_new_tokens]", self.overlong_buffer)
         good = all(isinstance(token, int) for token in (*self.eos_token_ids, self.pad_token_id))

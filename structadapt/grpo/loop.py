@@ -21,7 +21,7 @@ from structadapt.grpo.guard import CollapseError, Guard
 from structadapt.grpo.resume import Checkpoints
 from structadapt.grpo.rewards import Prompt, Reward, record, with_meta
 from structadapt.grpo.sampling import Batch, Sampler
-from structadapt.grpo.update import Context, Learner
+from structadapt.grpo.update import Context, Learner, names_of
 
 
 def train(
@@ -64,7 +64,8 @@ def train(
     checkpoints: where to keep the state, and to go on from it if there is one: the run continues as
         if it had not been stopped, with the record of the last step it had saved.
 
-    Raises ValueError for no prompts, or prompts of the wrong form (before the first step); while
+    Raises ValueError for no prompts, prompts of the wrong form or parameters that would train in 16
+    bits (before the first step); while
     running, RuntimeError for too many rewards that fail, FloatingPointError for logits or a
     gradient that is not finite (see Config.nonfinite), before the optimizer would apply it, and
     CollapseError for an alarm with on_collapse="stop", after the step's record.
@@ -77,6 +78,12 @@ def train(
     learner = Learner(model, optimizer, config, scheduler, reference)
     if not any(p.requires_grad for p in learner.parameters.values()):
         raise ValueError("no parameter of the optimizer requires a gradient")
+    short = [n for n, p in learner.parameters.items() if p.requires_grad and p.element_size() < 4]
+    if short:
+        raise ValueError(
+            f"{names_of(short)} would train in 16 bits, where most small steps are rounded away: "
+            "keep what trains in fp32 (adapters are, over a base of any dtype)"
+        )
     if config.kl_coef > 0 and reference is None:
         raise ValueError(
             f"kl_coef is {config.kl_coef}, which needs a reference policy: pass reference=, such "

@@ -15,7 +15,10 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 def uniforms(keys: Sequence[Sequence[int]], count: int) -> Tensor:
     """(N, count) numbers in [0, 1), float64, a row for each key: SplitMix64 (Steele et al. 2014),
-    started at a hash of the key. A key is a few integers from 0 on, all keys of one length."""
+    started at a hash of the key. A key is a few integers from 0 on, all keys of one length;
+    ValueError for a negative one."""
+    if min(map(min, keys)) < 0:
+        raise ValueError("a key of noise (a seed, a step, ...) must not be negative")
     parts = np.asarray(keys, dtype=np.uint64).reshape(len(keys), -1)
     state = np.zeros(len(keys), np.uint64)
     with np.errstate(over="ignore"):  # it counts modulo 2^64
