@@ -7,7 +7,7 @@ that survives, <round(W') - W, W' - W> / |W' - W|^2, and speaks up.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -161,10 +161,14 @@ def merged_if_exact(model: nn.Module) -> Iterator[None]:
     low = any(wide_dtype(layer.weight.dtype) != layer.weight.dtype for layer in layers)
     before = any(layer.base_weight is not None for layer in layers)  # merged by the caller
     if not before:
-        with suppress(RuntimeError, ValueError):
+        try:
             report = _merge(model, low, True, False, stacklevel=0)
-            if report is not None and report.survives < WARN_BELOW:
-                _unmerge(model)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError):  # what cannot be merged
+            report = None
+        if report is not None and report.survives < WARN_BELOW:
+            _unmerge(model)
     try:
         yield
     finally:

@@ -1,6 +1,5 @@
 """Run by torchrun: the same training on any number of processes; what comes out in a file."""
 
-import contextlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ CASES = {  # name: (config, how the model is wrapped)
     ),
     "ddp": ({"minibatches": 2}, "ddp"),
     "fsdp": ({"micro_batch_size": 5, "minibatches": 2}, "fsdp"),
+    "partly": ({"micro_batch_size": 2}, "partly"),  # the adapters are not sharded
 }  # fmt: skip
 
 
@@ -50,11 +50,16 @@ def run(name, folder=None, steps=99):
     bare = wrapped = model()
     if wrap == "ddp" and dist.is_initialized():
         wrapped = DistributedDataParallel(bare)
-    if wrap == "fsdp" and dist.is_initialized():
+    if wrap in ("fsdp", "partly") and dist.is_initialized():
+        plain = set(sa.adapter_parameters(bare)) if wrap == "partly" else set()
         for block in bare.model.layers:
-            fully_shard(block)
-        fully_shard(bare)
-    optimizer = torch.optim.SGD(sa.adapter_parameters(bare), lr=1.0, momentum=0.5)
+            fully_shard(block, ignored_params=plain)
+        fully_shard(bare, ignored_params=plain)
+    if wrap is None:
+        optimizer = torch.optim.SGD(sa.adapter_parameters(bare), lr=1.0, momentum=0.5)
+    else:  # with frozen and unused parameters, which nothing may move
+        bare.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = torch.optim.AdamW(bare.parameters(), lr=0.05, weight_decay=0.1)
     config = sa.grpo.Config(**COMMON, **options)
     checkpoints = folder and sa.grpo.Checkpoints(folder, every=1)
     training = sa.grpo.train(
@@ -62,7 +67,7 @@ def run(name, folder=None, steps=99):
         reference=lambda: sa.disabled(bare),
     )  # fmt: skip
     records = [asdict(step) for _, step in zip(range(steps), training, strict=False)]
-    named = {n: p for n, p in bare.named_parameters() if p.requires_grad}
+    named = dict(bare.named_parameters())
     whole = {n: getattr(p, "full_tensor", lambda p=p: p)().detach() for n, p in named.items()}
     return whole, records
 
@@ -90,12 +95,18 @@ def main(out):
         found[f"{name} resumed"] = run(name, folder)
     everyone = [None] * size
     dist.all_gather_object(everyone, found)
-    broken = Failing(model(), rank == 1)
-    optimizer = torch.optim.SGD(sa.adapter_parameters(broken.inner), lr=1.0)
-    training = sa.grpo.train(broken, optimizer, PROMPTS, reward, sa.grpo.Config(**COMMON))
-    with contextlib.suppress(FloatingPointError, RuntimeError):
-        next(training)
-        raise AssertionError("one rank fails, and all stop")
+    for sharded in (False, True):
+        broken = Failing(model(), rank == 1)
+        if sharded:
+            fully_shard(broken)
+        optimizer = torch.optim.SGD(sa.adapter_parameters(broken.inner), lr=1.0)
+        training = sa.grpo.train(broken, optimizer, PROMPTS, reward, sa.grpo.Config(**COMMON))
+        try:
+            next(training)
+        except (FloatingPointError, RuntimeError) as error:
+            assert "logits are not finite for prompt 1" in str(error), error
+        else:
+            raise AssertionError("one rank fails, and all stop")
     if rank == 0:
         torch.save(everyone, out)
     dist.destroy_process_group()

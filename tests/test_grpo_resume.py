@@ -150,9 +150,31 @@ def test_a_damaged_state_is_passed_over(tmp_path):
     data[-1] ^= 1
     (newest / resume.TENSORS).write_bytes(bytes(data))
     assert without_times(Run(None, tmp_path).records()) == without_times(expected[3:])
+    (tmp_path / resume.FINISHED).unlink()
     for folder in tmp_path.iterdir():
         (folder / resume.STATE).write_text("{")
     assert without_times(Run(None, tmp_path).records()) == without_times(expected)
+
+
+def test_a_kill_after_the_last_state_loses_nothing(tmp_path):
+    """The last record is saved with its state before anyone has it."""
+    expected = Run(None).records()
+    Run(None, tmp_path).records(10)  # it was yielded, and nothing after it asked for
+    last = Run(None, tmp_path)
+    assert without_times(last.records()) == without_times(expected[9:])
+    with pytest.raises(ValueError, match="is finished: give another folder"):
+        Run(None, tmp_path).records()
+    sa.grpo.Checkpoints(tmp_path).reopen()
+    assert len(Run(None, tmp_path).records()) == 1
+
+
+def test_states_from_before_a_collapse_are_kept(tmp_path, monkeypatch):
+    look = sa.grpo.Guard.look
+    monkeypatch.setattr(
+        sa.grpo.Guard, "look", lambda self, step: ("kl: x",) if step.step > 2 else look(self, step)
+    )
+    Run(None, tmp_path).records(8)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (2, 6, 7)]
 
 
 def test_what_is_refused(tmp_path):
@@ -162,6 +184,10 @@ def test_what_is_refused(tmp_path):
         Run(None, tmp_path, config=other).records()
     with pytest.raises(ValueError, match="another one: its prompts is"):
         Run(None, tmp_path, prompts=PROMPTS * 3).records()
+    run = Run(None, tmp_path)
+    run.optimizer.param_groups[0]["weight_decay"] = 0.0
+    with pytest.raises(ValueError, match="another one: its optimizer's options is"):
+        run.records()
     with pytest.raises(ValueError, match="another one: its trained parameters is"):
         Run(sa.LoRA(rank=2), tmp_path).records()
     run = Run(None, tmp_path / "lora")

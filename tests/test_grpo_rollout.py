@@ -262,7 +262,8 @@ def test_noise_has_a_row_for_each_key():
 def test_a_token_without_probability_is_never_drawn():
     logits = torch.tensor([0.0, -torch.inf, 1.0, -torch.inf]).repeat(4, 1)
     noise = torch.tensor([0.0, 1 - 2**-24, 1.0, 0.268941])
-    token = _draw(logits, 1.0, noise, torch.arange(4))
+    token, broken = _draw(logits, 1.0, noise)
+    assert not broken.any()
     assert token.tolist() == [0, 2, 2, token[3].item()] and token[3] in (0, 2)
 
 

@@ -140,7 +140,7 @@ def test_a_megabyte_of_anything_is_read_fast(unit):
     for completion in (text, text + "7", "\\boxed{" + text):
         start = time.process_time()
         match(completion, 7)
-        assert time.process_time() - start < 0.5
+        assert time.process_time() - start < 3  # an input that is not linear takes hours
 
 
 # -- other rewards ---------------------------------------------------------------------------------

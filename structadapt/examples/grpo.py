@@ -98,7 +98,7 @@ class Run:
         if settings.load is not None:
             sa.load(copy.deepcopy(model), settings.load)
         elif adapter is not None:
-            plan = sa.plan(model, adapter, _target(settings))
+            plan = sa.plan(model, adapter, settings.layers)
             if plan.parameters > MAX_PARAMETERS:
                 raise ValueError(
                     f"{adapter} trains {plan.parameters:,} parameters of a model that has "
@@ -181,7 +181,7 @@ class Run:
         if self.settings.load is not None:
             sa.load(self.model, self.settings.load)
         else:
-            sa.adapt(self.model, self.adapter, _target(self.settings), seed=self.settings.seed)
+            sa.adapt(self.model, self.adapter, self.settings.layers, seed=self.settings.seed)
         return list(sa.adapter_parameters(self.model))
 
     def _grpo(
@@ -209,14 +209,16 @@ class Run:
             scheduler=decay,
             checkpoints=self._states,
         )
+        self._states.reopen()  # here summary.json says what is finished
         steps: list[dict[str, Any]] = []
         failure = None
         try:
             record = None if interrupted() else next(run, None)
             if self.going_on and record is not None:
                 steps = self._logged(record.step)
-            with open(self.out / "metrics.jsonl", "w") as log:
-                log.writelines(json.dumps(step) + "\n" for step in steps)
+            kept = "".join(json.dumps(step) + "\n" for step in steps)
+            write_atomically(self.out / "metrics.jsonl", kept.encode())
+            with open(self.out / "metrics.jsonl", "a") as log:
                 while record is not None:
                     look = (record.step + 1) % EVAL_EVERY == 0 or record.step + 1 == total
                     held_out = self._evaluate("curve", CURVE_PROBLEMS).mean if look else None
@@ -227,7 +229,7 @@ class Run:
                     if look or interrupted():
                         self._save()
                     record = None if interrupted() else next(run, None)
-        except (FloatingPointError, ValueError) as error:  # not finite: a gradient, a merged weight
+        except FloatingPointError as error:  # not finite: a gradient, or the logits
             failure = str(error)
         progress.close()
         return steps, failure
@@ -253,7 +255,7 @@ class Run:
 
     def _rollout_context(self) -> contextlib.AbstractContextManager[None]:
         adapted = find_adapted(self.model)  # not yet, in the cold start
-        return sa.merged(self.model) if adapted else contextlib.nullcontext()
+        return sa.merged_if_exact(self.model) if adapted else contextlib.nullcontext()
 
     def _evaluate(self, use: str, count: int, greedy: bool = False) -> sa.grpo.Evaluation:
         held_out = tiny_lm.problems(random.Random(f"held out, {use}"), held_out=True)
@@ -296,10 +298,6 @@ class Run:
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.out / name, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _target(settings: Settings) -> str:
-    return "all-linear" if settings.target is None else settings.target
 
 
 def collapsed_at(steps: list[dict[str, Any]]) -> int | None:

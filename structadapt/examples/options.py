@@ -39,6 +39,11 @@ class Settings:
     cold_start: float = 0.2
     out: str | None = None
 
+    @property
+    def layers(self) -> str:
+        """What to adapt."""
+        return "all-linear" if self.target is None else self.target
+
     def check(self) -> None:
         """ValueError for a number out of range."""
         for name, low, high in (

@@ -104,7 +104,9 @@ def over_prompts(values: Tensor) -> Interval:
     mean = values.mean().item()
     if ((values == 0) | (values == 1)).all():
         return Interval(mean, *wilson(mean, len(values)))
-    half = Z * (values.var(correction=min(len(values) - 1, 1)) / len(values)).sqrt().item()
+    if len(values) == 1:
+        return Interval(mean, -math.inf, math.inf)
+    half = Z * (values.var() / len(values)).sqrt().item()
     return Interval(mean, mean - half, mean + half)
 
 

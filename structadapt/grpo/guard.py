@@ -37,13 +37,14 @@ class Guard:
     def look(self, step: Step) -> tuple[str, ...]:
         """The alarms of a step, most telling first."""
         alarms = []
-        self.equal = self.equal + 1 if step.zero_std_fraction == 1 else 0
+        still = step.zero_std_fraction == 1 and step.updates == 0  # no penalty moves it either
+        self.equal = self.equal + 1 if still else 0
         if self.equal >= self.patience:
             alarms.append(
                 f"absorbing: the rewards of every group are equal since step "
                 f"{step.step - self.equal + 1} (mean reward {step.reward:.3g})"
             )
-        if step.kl > self.max_kl:
+        if not step.kl <= self.max_kl:  # NaN too
             alarms.append(f"kl: the update moved the policy by {step.kl:.3g} nats a token")
         if len(self.lengths) < self.patience:
             self.lengths.append(step.length)

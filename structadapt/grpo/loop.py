@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from structadapt.grpo import objective
+from structadapt.grpo import objective, processes
 from structadapt.grpo.config import Config, Step
 from structadapt.grpo.guard import CollapseError, Guard
 from structadapt.grpo.resume import Checkpoints
@@ -107,6 +107,7 @@ def _steps(
         if found is not None:
             start, first = found.prompts, found.step + 1
             yield found
+            _stop_at(found, config)
     step = first
     while start < len(sampler.records):
         began = time.perf_counter()
@@ -119,9 +120,15 @@ def _steps(
             last = start >= len(sampler.records)
             checkpoints.save(learner, guard, sampler.records, record, last)
         yield record
-        if record.alarms and config.on_collapse == "stop":
-            raise CollapseError(f"step {step}: {record.alarms[0]}")
+        _stop_at(record, config)
         step += 1
+    if checkpoints is not None:  # after the last record was taken
+        checkpoints.finish()
+
+
+def _stop_at(record: Step, config: Config) -> None:
+    if record.alarms and config.on_collapse == "stop":
+        raise CollapseError(f"step {record.step}: {record.alarms[0]}")
 
 
 def _learn(learner: Learner, batch: Batch, step: int, rollout_seconds: float) -> Step:
@@ -132,6 +139,10 @@ def _learn(learner: Learner, batch: Batch, step: int, rollout_seconds: float) ->
     rollout = learner.prepare(batch.to_learn_from)
     positions = (own[:, None] * config.group_size + torch.arange(config.group_size)).flatten()
     every = A.flatten().to(rollout.logp.dtype)
+    if config.overlong == "mask":  # what does not count teaches nothing
+        taught = (positions.tolist(), rollout.mask.any(1).tolist()) if len(own) else ([], [])
+        for places, counts in processes.gather(taught):
+            every[places] *= torch.tensor(counts, dtype=every.dtype)
     mine = every[positions].to(rollout.logp.device)
     if not len(own):  # a sequence that does not count, for a process without a prompt
         positions, mine = torch.full((len(rollout),), len(every)), every.new_zeros(len(rollout))

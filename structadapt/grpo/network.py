@@ -38,6 +38,9 @@ class Network:
         parameters = signature.parameters
         self.cache_name = next((name for name in CACHE_NAMES if name in parameters), "")
         self.cached = bool(self.cache_name) and "use_cache" in parameters
+        self.keeps_last = (
+            "logits_to_keep" in parameters
+        )  # (N, 1, V) of a long prompt, not (N, L, V)
         first, *others = parameters.values()
         open_ended = any(p.kind is p.VAR_KEYWORD for p in others)
         known = {*MASK_NAMES, *POSITION_NAMES}
@@ -79,7 +82,8 @@ class Network:
                 torch.cat([ids, mask], 1), dim=0, return_inverse=True
             )
             ids, mask = both.chunk(2, 1)
-        out, logits = self._call(ids, mask, _positions(mask), use_cache=True)
+        last = {"logits_to_keep": 1} if self.keeps_last and self.head is None else {}
+        out, logits = self._call(ids, mask, _positions(mask), use_cache=True, **last)
         self.cache = _cache(out, self.cache_name)
         if share:
             self.cache = _take_rows(self.cache, rows)
@@ -136,6 +140,30 @@ class Network:
         return out, _logits(out)
 
 
+@torch.no_grad()
+def first_nonfinite(model: nn.Module, ids: Sequence[int]) -> str:
+    """The name of the module whose output is the first that is not finite, for one sequence; ""
+    where none is."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            tensors = out if isinstance(out, tuple | list) else [out]
+            if any(isinstance(t, Tensor) and not t.isfinite().all() for t in tensors):
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        row = torch.tensor([list(ids)], device=next(model.parameters()).device)
+        Network(model, padded=False).logits(row, torch.ones_like(row))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found[0] if found else ""
+
+
 def innermost(model: nn.Module) -> nn.Module:
     """The module that torch.compile or DistributedDataParallel wraps: it has the signature."""
     while True:
@@ -144,6 +172,10 @@ def innermost(model: nn.Module) -> nn.Module:
         inner = getattr(model, "_orig_mod", None) or (
             getattr(model, "module", None) if opaque else 0
         )
+        if (
+            inner is None or inner == 0
+        ):  # a PEFT model, whose own forward does not tell of the cache
+            inner = getattr(model, "get_base_model", lambda: None)()
         if not isinstance(inner, nn.Module):
             return model
         model = inner

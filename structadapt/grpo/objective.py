@@ -210,14 +210,16 @@ def kl_penalty(
 
     unbiased: multiply by rho, so that the expectation is over the policy of logp and not over the
     one that drew the tokens, and the gradients of k1 and k3 become those of the KL (DeepSeek-V3.2,
-    2025, eq. 7). Without it the gradient of k1 is 0 in expectation. Shapes as for `loss`.
+    2025, eq. 7; that of k2 is it by itself, so there rho is a constant). Without it the gradient of
+    k1 is 0 in expectation. Shapes as for `loss`.
     """
     if divisor is None:
         divisor = normalizer(mask, kind, max_tokens or mask.shape[1])
     inside = mask.bool()
     per_token = kl(torch.where(inside, logp, 0.0), torch.where(inside, ref_logp, 0.0), estimator)
     if unbiased:
-        per_token = per_token * ratio(logp, old_logp, mask, kind)
+        rho = ratio(logp, old_logp, mask, kind)
+        per_token = per_token * (rho.detach() if estimator == "k2" else rho)
     return total(per_token, mask, kind, divisor)
 
 

@@ -1,6 +1,6 @@
 """The processes of a run, where torch.distributed has more than one; here one is all there is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -57,15 +57,22 @@ def whole(work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def sharded(parameters: Sequence[Tensor]) -> bool:
-    """Whether the parameters are DTensors: their gradients come averaged over the processes."""
+def sharded(parameters: Iterable[Tensor]) -> bool:
+    """Whether some are DTensors: a forward with them is a call that all processes make together,
+    and their gradients come averaged over the processes."""
     return any(hasattr(p, "full_tensor") for p in parameters)
 
 
 def sum_gradients(parameters: Sequence[Tensor]) -> None:
-    """Add up the gradients of all processes, in one message for each dtype."""
+    """Add up the gradients of all processes, in one message for each dtype. A parameter that has
+    none on any of them has none afterwards; those of sharded parameters are the sum already."""
     if rank_and_size()[1] == 1:
         return
+    has = gather([p.grad is not None for p in parameters])
+    parameters = [
+        p for p, *some in zip(parameters, *has, strict=True)
+        if any(some) and not hasattr(p, "full_tensor")
+    ]  # fmt: skip
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     for dtype in dict.fromkeys(g.dtype for g in grads):
         chosen = [i for i, g in enumerate(grads) if g.dtype == dtype]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import random
 import re
 import shutil
@@ -15,14 +16,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from structadapt.files import whole_folder
+from structadapt.files import whole_folder, write_atomically
 from structadapt.grpo import processes
 from structadapt.grpo.config import Step
 from structadapt.grpo.guard import Guard
 from structadapt.grpo.rewards import Record
 from structadapt.grpo.update import Learner
 
-TENSORS, STATE = "tensors.safetensors", "state.json"
+TENSORS, STATE, FINISHED = "tensors.safetensors", "state.json", "finished"
+logger = logging.getLogger("structadapt")
 
 
 @dataclass(frozen=True)
@@ -53,31 +55,49 @@ class Checkpoints:
             return
         state, tensors = flatten(_state(learner, guard))
         random_states = processes.gather(_random_state())
-        identity = identify(learner, records)
+        identity = identify(learner, guard, records)
 
         def write() -> None:
             if learner.rank == 0:
-                self._write(step, last, {"identity": identity, "state": state}, tensors,
-                            random_states)  # fmt: skip
+                self._write(step, {"identity": identity, "state": state}, tensors, random_states)
 
         processes.whole(write)
 
     def _write(
-        self, step: Step, last: bool, known: dict[str, Any], tensors: dict[str, Tensor],
+        self, step: Step, known: dict[str, Any], tensors: dict[str, Tensor],
         random_states: list[Any],
     ) -> None:  # fmt: skip
         generators, more = flatten(random_states, "random")
         data = safetensors.torch.save({k: t.contiguous() for k, t in (tensors | more).items()})
         content = {
-            "step": asdict(step), "finished": last, **known, "random": generators,
+            "step": asdict(step), **known, "random": generators,
             "sha256": hashlib.sha256(data).hexdigest(),
         }  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole_folder(self.folder / f"step-{step.step:08}", lambda name: True) as new:
             (new / TENSORS).write_bytes(data)
             (new / STATE).write_text(json.dumps(content))
-        for old in self._states()[self.keep :]:
-            shutil.rmtree(old, ignore_errors=True)
+        self._prune(f"step-{step.step:08}")
+
+    def _prune(self, newest: str) -> None:
+        """Remove old states, and damaged ones after the newest; the newest without an alarm stays,
+        so that a run that collapsed can go on from before."""
+        states = self._states()
+        older = [folder for folder in states if folder.name <= newest]
+        kept = older[: self.keep]
+        kept += [folder for folder in older if _is_good(folder)][:1]
+        for folder in states:
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def finish(self) -> None:
+        """Mark the run as finished: it is not gone on with."""
+        if processes.rank_and_size()[0] == 0 and self.folder.is_dir():
+            write_atomically(self.folder / FINISHED, b"")
+
+    def reopen(self) -> None:
+        """Take the mark back, for a caller who does more before it calls a run finished."""
+        (self.folder / FINISHED).unlink(missing_ok=True)
 
     def _states(self) -> list[Path]:
         """The folders of states, the newest first."""
@@ -89,15 +109,25 @@ class Checkpoints:
     def restore(self, learner: Learner, guard: Guard, records: Sequence[Record]) -> Step | None:
         """Put the newest whole state back; its step, or None if there is none.
 
-        Raises ValueError for the state of a finished run, or of another one, and says what differs.
+        Every process reads it, so all have to see the folder. Raises ValueError for the state of a
+        finished run, or of another one, and says what differs.
         """
+        if (self.folder / FINISHED).exists():
+            raise ValueError(f"the run in {self.folder} is finished: give another folder")
         found = next((f for f in map(_read, self._states()) if f is not None), None)
+        steps = processes.gather(None if found is None else found[0]["step"]["step"])
+        if any(step != steps[0] for step in steps):
+            raise ValueError(
+                f"the processes find different states in {self.folder} (steps {steps}): it has to "
+                "be one folder that all of them see"
+            )
+        if learner.rank == 0 and self.folder.is_dir():
+            for unfinished in self.folder.glob(".step-*"):  # of a save that was killed
+                shutil.rmtree(unfinished, ignore_errors=True)
         if found is None:
             return None
         content, tensors = found
-        if content["finished"]:
-            raise ValueError(f"the run in {self.folder} is finished: give another folder")
-        here = json.loads(json.dumps(identify(learner, records)))
+        here = json.loads(json.dumps(identify(learner, guard, records)))
         stored = content["identity"]
         other = [name for name in here if stored.get(name) != here[name]]
         if other:
@@ -117,24 +147,39 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     try:
         content = json.loads((folder / STATE).read_text())
         data = (folder / TENSORS).read_bytes()
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        logger.warning("%s is damaged, and passed over: %s", folder, error)
         return None
     if hashlib.sha256(data).hexdigest() != content.get("sha256"):
+        logger.warning("%s is damaged, and passed over", folder)
         return None
     return content, safetensors.torch.load(data)
+
+
+def _is_good(folder: Path) -> bool:
+    try:
+        return not json.loads((folder / STATE).read_text())["step"]["alarms"]
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 # -- what a run is, and its state ------------------------------------------------------------------
 
 
-def identify(learner: Learner, records: Sequence[Record]) -> dict[str, Any]:
+def identify(learner: Learner, guard: Guard, records: Sequence[Record]) -> dict[str, Any]:
     """What has to be the same for a run to go on."""
-    prompts = hashlib.sha256(json.dumps([record.ids for record in records]).encode()).hexdigest()
+    told = json.dumps([(record.ids, record.meta) for record in records], default=repr)
+    prompts = hashlib.sha256(told.encode()).hexdigest()
+    groups = [
+        {k: v for k, v in group.items() if k != "params"}
+        | {"lr": group.get("initial_lr", group["lr"])}
+        for group in learner.optimizer.param_groups
+    ]
     frozen = hashlib.sha256()
     for name, p in learner.model.named_parameters():
         if name not in learner.parameters:
             frozen.update(f"{name}{tuple(p.shape)}{p.dtype}".encode())
-            if not learner.sharded:  # of those every process has some, and not always the same
+            if not learner.collective:  # of those every process has some, and not always the same
                 some = p.detach().flatten()[:: max(p.numel() // 64, 1)].to("cpu", torch.float64)
                 frozen.update(some.numpy().tobytes())
     return {
@@ -145,6 +190,9 @@ def identify(learner: Learner, records: Sequence[Record]) -> dict[str, Any]:
         ],
         "frozen weights": frozen.hexdigest(),
         "optimizer": type(learner.optimizer).__name__,
+        "optimizer's options": json.loads(json.dumps(groups, default=repr)),
+        "scheduler": type(learner.scheduler).__name__,
+        "guard's limits": [guard.patience, guard.max_kl, guard.length_factor],
         "number of processes": learner.size,
     }
 
@@ -157,7 +205,7 @@ def _state(learner: Learner, guard: Guard) -> dict[str, Any]:
         "optimizer": learner.optimizer.state_dict(),
         "scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
         "nonfinite": learner.nonfinite,
-        "guard": vars(guard),
+        "guard": {"equal": guard.equal, "lengths": guard.lengths},
     }
 
 

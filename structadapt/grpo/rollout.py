@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structadapt import ops
+from structadapt.grpo.in_flight import InFlight, wide
 from structadapt.grpo.network import Network, innermost
 from structadapt.grpo.output_head import NotPlainError, OutputHead, draws, find_head, refuse
 
@@ -35,7 +36,9 @@ class Rollout:
 
     def __getitem__(self, rows: slice) -> "Rollout":
         """Some of the sequences, without the columns that none of them uses."""
-        longest = int(self.mask[rows].sum(1).amax()) if len(self.mask[rows]) else 0
+        some = len(self.mask[rows]) > 0
+        longest = int(self.mask[rows].sum(1).amax()) if some else 0
+        empty = int(self.prompt_mask[rows].any(0).long().argmax()) if some else 0
 
         def cut(t: Tensor) -> Tensor:
             return t[rows, : max(longest, 1)]
@@ -44,9 +47,9 @@ class Rollout:
             return None if t is None else cut(t)
 
         return Rollout(
-            self.prompt[rows], self.prompt_mask[rows], cut(self.completion), cut(self.mask),
-            cut(self.logp), cut(self.entropy), self.truncated[rows], cut_if(self.ref_logp),
-            cut_if(self.weights),
+            self.prompt[rows, empty:], self.prompt_mask[rows, empty:], cut(self.completion),
+            cut(self.mask), cut(self.logp), cut(self.entropy), self.truncated[rows],
+            cut_if(self.ref_logp), cut_if(self.weights),
         )  # fmt: skip
 
     def completions(self, eos_token_ids: Sequence[int]) -> list[list[int]]:
@@ -103,103 +106,33 @@ def generate(
     mask = torch.zeros(N, T, dtype=torch.long, device=device)
     logps, entropies = (torch.zeros(N, T, device=device) for _ in range(2))
     truncated = torch.ones(N, dtype=torch.bool, device=device)
-    batch = _Batch(model, prompt, prompt_mask, share_prompts, min(slots or N, N), together)
+    batch = InFlight(model, prompt, prompt_mask, share_prompts, min(slots or N, N), together)
+    faults: list[int] = []
     while batch.step():
         rows, at, logits = batch.rows, batch.lengths, batch.logits
         if not len(rows):
             continue  # others are not done
-        token = _draw(logits, temperature, noise[rows, at], rows)
+        token, broken = _draw(logits, temperature, noise[rows, at])
+        faults += rows[broken].tolist()
         completion[rows, at], mask[rows, at] = token, 1
         logp, entropy = ops.token_logprobs(logits, token, temperature or 1.0)
         logps, entropies = logps.to(logp.dtype), entropies.to(logp.dtype)  # float64 if logits are
         logps[rows, at], entropies[rows, at] = logp, entropy
         ended = torch.isin(token, eos)
         truncated[rows[ended]] = False
-        batch.put(token, ended | (at + 1 == T))
+        batch.put(token, ended | broken | (at + 1 == T))
+    if faults:  # not before the others are done, which may wait for this process
+        raise NonfiniteLogitsError(min(faults))
     whole = Rollout(prompt, prompt_mask, completion, mask, logps, entropies, truncated)
     return whole[:]  # without the columns that no sequence reached
 
 
-class _Batch:
-    """The sequences in work: `step` brings their next logits, `put` their tokens."""
+class NonfiniteLogitsError(FloatingPointError):
+    """The logits of a sequence have a NaN, or an infinity that leaves no distribution."""
 
-    def __init__(
-        self, model: nn.Module, prompt: Tensor, prompt_mask: Tensor, share: bool, slots: int,
-        together: Callable[[bool], bool] | None,
-    ) -> None:  # fmt: skip
-        self.model, self.prompt, self.prompt_mask = model, prompt, prompt_mask
-        self.share, self.slots, self.together = share, slots, together
-        self.padded = not bool(prompt_mask.all())
-        self.next = 0  # the first prompt that waits
-        self.rows = torch.empty(0, dtype=torch.long, device=prompt.device)
-        self.network: Network | None = None
-        self.token: Tensor | None = None  # drawn and not yet read by the model
-        self.mask = self.logits = torch.empty(0)
-        self.lengths = self.rows
-
-    def step(self) -> bool:
-        """Read the last tokens and, where there is room, new prompts. False: nothing is left."""
-        busy = len(self.rows) > 0
-        if self._any(busy):
-            if busy:
-                assert self.network is not None and self.token is not None
-                ones = torch.ones_like(self.token)[:, None]
-                self.mask = torch.cat([self.mask, ones], 1)
-                self.logits = self.network.extend(self.token[:, None], self.mask)[:, -1]
-            else:
-                self._idle()
-        free, waiting = self.slots - len(self.rows), len(self.prompt) - self.next
-        able = not busy or (self.network is not None and self.network.joins)
-        wanted = waiting > 0 and able and (not busy or free >= max(self.slots // 4, 1))
-        if self._any(wanted):
-            if wanted:
-                self._admit(min(free, waiting))
-            else:
-                self._idle()
-        return self._any(len(self.rows) > 0)
-
-    def put(self, token: Tensor, done: Tensor) -> None:
-        """The tokens (n,) of the sequences in work; those that are `done` leave."""
-        self.token, self.lengths = token, self.lengths + 1
-        if done.any():
-            kept = (~done).nonzero()[:, 0]
-            self.rows, self.token, self.lengths = (
-                t[kept] for t in (self.rows, token, self.lengths)
-            )
-            if len(kept):
-                assert self.network is not None
-                mask = self.mask[kept]
-                empty = int(mask.any(0).long().argmax()) if self.network.joins else 0
-                self.mask = mask[:, empty:]
-                self.network.keep(kept, empty)
-
-    def _admit(self, count: int) -> None:
-        """Run the next prompts, and have them take part."""
-        new = torch.arange(self.next, self.next + count, device=self.prompt.device)
-        self.next += count
-        mask = self.prompt_mask[new]
-        empty = int(mask.any(0).long().argmax())
-        ids, mask = self.prompt[new, empty:], mask[:, empty:]
-        network = Network(self.model, padded=self.padded)
-        logits = network.start(ids, mask, self.share)
-        zeros = torch.zeros_like(new)
-        if not len(self.rows):
-            self.network, self.mask, self.logits = network, mask, logits
-            self.rows, self.lengths = new, zeros
-            return
-        assert self.network is not None
-        width = max(self.mask.shape[1], mask.shape[1])
-        self.network.join(network, width)
-        self.mask = torch.cat([_wide(self.mask, width), _wide(mask, width)])
-        self.logits = torch.cat([self.logits, logits])
-        self.rows, self.lengths = torch.cat([self.rows, new]), torch.cat([self.lengths, zeros])
-
-    def _any(self, yes: bool) -> bool:
-        return yes if self.together is None else self.together(yes)
-
-    def _idle(self) -> None:
-        """Take part in a forward that other processes need."""
-        Network(self.model, padded=False).logits(self.prompt[:1, -1:], self.prompt_mask[:1, -1:])
+    def __init__(self, row: int) -> None:
+        super().__init__(f"the model's logits are not finite for prompt {row}")
+        self.row = row  # of the rollout
 
 
 def logprobs(
@@ -267,10 +200,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _wide(mask: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(mask, (width - mask.shape[1], 0))
-
-
 def _pad_left(
     prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -283,20 +212,17 @@ def _pad_left(
     return ids.to(device), mask.to(device)
 
 
-def _draw(logits: Tensor, temperature: float, noise: Tensor, rows: Tensor) -> Tensor:
-    """The token (n,) at which the distribution function of logits (n, V) passes `noise` (n,)."""
+def _draw(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The token (n,) at which the distribution function of logits (n, V) passes `noise` (n,), and
+    where there is none since the logits are not finite."""
     if temperature == 0:
         likeliest = logits.max(-1)
-        total, token = likeliest.values, likeliest.indices
-    else:
-        cdf = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
-        total = cdf[:, -1]
-        at = torch.minimum(noise * total, total.nextafter(torch.zeros_like(total)))
-        token = torch.searchsorted(cdf, at[:, None], right=True)[:, 0]
-    broken = rows[~torch.isfinite(total)]
-    if len(broken):
-        raise FloatingPointError(f"the model's logits are not finite for prompt {broken[0].item()}")
-    return token
+        return likeliest.indices, ~torch.isfinite(likeliest.values)
+    cdf = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
+    total = cdf[:, -1]
+    at = torch.minimum(noise * total, total.nextafter(torch.zeros_like(total)))
+    token = torch.searchsorted(cdf, at[:, None], right=True)[:, 0]
+    return token.clamp(max=logits.shape[1] - 1), ~torch.isfinite(total)
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout:
@@ -309,7 +235,7 @@ def joined(parts: Sequence[Rollout]) -> Rollout:
     for name in ("prompt", "prompt_mask", "completion", "mask", "logp", "entropy", "truncated"):
         tensors = [getattr(part, name) for part in parts]
         if name.startswith("prompt"):
-            tensors = [_wide(t, P) for t in tensors]
+            tensors = [wide(t, P) for t in tensors]
         elif tensors[0].dim() == 2:
             tensors = [torch.nn.functional.pad(t, (0, T - t.shape[1])) for t in tensors]
         found[name] = torch.cat(tensors)

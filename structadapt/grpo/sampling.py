@@ -10,9 +10,16 @@ from torch import Tensor, nn
 
 from structadapt.grpo import objective, processes
 from structadapt.grpo.config import Config
+from structadapt.grpo.network import first_nonfinite
 from structadapt.grpo.noise import uniforms
 from structadapt.grpo.rewards import Record, score
-from structadapt.grpo.rollout import Rollout, evaluating, generate, joined
+from structadapt.grpo.rollout import (
+    NonfiniteLogitsError,
+    Rollout,
+    evaluating,
+    generate,
+    joined,
+)
 from structadapt.grpo.update import Context
 
 logger = logging.getLogger("structadapt")
@@ -75,6 +82,9 @@ class Sampler:
     tokenizer: Any
     context: Context
 
+    def __post_init__(self) -> None:
+        self.collective = processes.sharded(self.model.parameters())
+
     def collect(self, step: int, start: int) -> tuple[Batch, int]:
         """The groups of a step and where the next one starts.
 
@@ -91,14 +101,24 @@ class Sampler:
             end = min(start + config.prompts_per_step - useful, len(self.records))
             if start == end:
                 break
-            mine = range(start, end)[rank::size]
+            mine, count = range(start, end)[rank::size], end - start
             start = end
-            rollout, rewards, failed = processes.whole(lambda m=mine: self._draw(m, step))
+            rollout, rewards, failed = processes.whole(
+                lambda m=mine, n=count: self._draw(m, step, n)
+            )
             own.append((mine, rollout))
             tokens = rollout.mask.sum().item()
-            for process, (found, n, t) in enumerate(processes.gather((rewards, failed, tokens))):
-                faults, drawn = faults + n, drawn + t
+            everyone = processes.gather((rewards, failed, tokens))
+            for process, (found, _, t) in enumerate(everyone):
+                drawn += t
                 groups |= {p: Group(values, process) for p, values in found.items()}
+            lost = [fault for _, told, _ in everyone for fault in told]
+            faults += len(lost)
+            if len(lost) > config.max_reward_faults * count * config.group_size:
+                raise RuntimeError(
+                    f"step {step}: {len(lost)} of {count * config.group_size} rewards failed, more "
+                    f"than max_reward_faults = {config.max_reward_faults:.3g} of them; {lost[0]}"
+                )
         order = self._chosen(groups)
         places = [i for i, p in enumerate(order) if groups[p].process == rank]
         rollout = self._of({order[i] for i in places}, own)
@@ -129,20 +149,31 @@ class Sampler:
                 ]
         return joined(parts) if parts else _blank(own[0][1])
 
-    def _draw(self, prompts: Sequence[int], step: int) -> tuple[Rollout, dict[int, Tensor], int]:
-        """(completions, {prompt: rewards of its group}, rewards that failed) of some prompts."""
+    def _draw(
+        self, prompts: Sequence[int], step: int, total: int
+    ) -> tuple[Rollout, dict[int, Tensor], tuple[str, ...]]:
+        """(completions, {prompt: rewards of its group}, rewards that failed) of this process's part
+        of `total` prompts."""
         config = self.config
         chosen = [self.records[p] for p in prompts or [0]]
         keys = [(config.seed, step, p, i) for p in prompts or [0] for i in range(config.group_size)]
         with evaluating(self.model), self.context():
-            rollout = sample(self.model, chosen, config, keys, config.temperature)
+            try:
+                rollout = sample(self.model, chosen, config, keys, config.temperature)
+            except NonfiniteLogitsError as error:
+                i = error.row // config.group_size
+                layer = "" if self.collective else first_nonfinite(self.model, chosen[i].ids)
+                raise FloatingPointError(
+                    f"step {step}: the logits are not finite for prompt {[*prompts, 0][i]}"
+                    + (f", first in the output of {layer}" if layer else "")
+                ) from None
         if not prompts:
-            return _blank(rollout), {}, 0
-        scores = score(rollout, chosen, self.reward, config.eos_token_ids, self.tokenizer,
-                       config.max_reward_faults)  # fmt: skip
+            return _blank(rollout), {}, ()
+        share = config.max_reward_faults * total / len(prompts)  # of this process's
+        scores = score(rollout, chosen, self.reward, config.eos_token_ids, self.tokenizer, share)
         for fault in scores.faults:
             logger.warning("step %d: %s", step, fault)
-        return rollout, dict(zip(prompts, scores.rewards, strict=True)), len(scores.faults)
+        return rollout, dict(zip(prompts, scores.rewards, strict=True)), scores.faults
 
     def _shaped(self, rewards: Tensor, rollout: Rollout, places: list[int]) -> Tensor:
         """The rewards less what too long completions lose."""
@@ -168,7 +199,7 @@ def sample(
 ) -> Rollout:
     """Completions of each prompt, as many as there are keys for it, group by group."""
     group_size = len(keys) // len(batch)
-    collective = processes.sharded(list(model.parameters()))
+    collective = processes.sharded(model.parameters())
     return generate(
         model,
         [record.ids for record in batch for _ in range(group_size)],

@@ -1,5 +1,6 @@
 """The optimizer steps on one rollout."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from structadapt.grpo import objective, processes
 from structadapt.grpo.config import Config
 from structadapt.grpo.rollout import Rollout, evaluating, logprobs
 
+logger = logging.getLogger("structadapt")
 Context = Callable[[], AbstractContextManager[Any]]
 
 
@@ -64,7 +66,7 @@ class Learner:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.parameters = {names.get(p, f"parameter {i}"): p for i, p in enumerate(held)}
-        self.sharded = processes.sharded(held)
+        self.collective = processes.sharded(self.model.parameters())
         self.rank, self.size = processes.rank_and_size()
 
     def prepare(self, rollout: Rollout) -> Rollout:
@@ -141,22 +143,23 @@ class Learner:
                     unbiased=config.kl_unbiased,
                 )  # fmt: skip
                 loss = loss + config.kl_coef * penalty
-            # The gradients of sharded parameters come as the mean over the processes.
-            (loss * self.size if self.sharded else loss).backward()
+            loss.backward()
             with torch.no_grad():
                 clipped += objective.clipped(*policy, *clip).sum().item()
                 if not self.gaps.known:
                     self.gaps.add(logp, part)
         self.gaps.known = True
-        if not self.sharded:
-            processes.sum_gradients(list(self.parameters.values()))
+        for p in self.parameters.values():  # of sharded parameters it is the mean of all processes
+            if p.grad is not None and hasattr(p, "full_tensor"):
+                p.grad.mul_(self.size)
+        processes.sum_gradients(list(self.parameters.values()))
         return clipped
 
     def _parts(self, rollout: Rollout, A: Tensor) -> Iterator[tuple[Rollout, Tensor]]:
         """The micro-batches. Where the forward of a model is a collective call every process has as
         many: the last ones of some are sequences without a token that counts."""
         pieces = list(slices(len(rollout), self.config.micro_batch_size))
-        missing = max(processes.gather(len(pieces))) - len(pieces) if self.sharded else 0
+        missing = max(processes.gather(len(pieces))) - len(pieces) if self.collective else 0
         for rows in pieces:
             yield rollout[rows], A[rows]
         for _ in range(missing):
@@ -172,13 +175,15 @@ class Learner:
         norm = float(getattr(whole, "full_tensor", lambda: whole)())
         if not math.isfinite(norm):
             named = self.parameters.items()
-            bad = [n for n, p in named if p.grad is not None and not p.grad.isfinite().all()]
+            own = [n for n, p in named if p.grad is not None and not _finite(p.grad)]
+            bad = [*dict.fromkeys(n for names in processes.gather(own) for n in names)]
             self.model.zero_grad()
             self.nonfinite += 1
             if self.config.nonfinite == "stop" or self.nonfinite >= self.config.max_nonfinite:
                 raise FloatingPointError(
                     f"the gradient norm is {norm}: not finite in {names_of(bad)}"
                 )
+            logger.warning("an update is left out: its gradient is not finite in %s", names_of(bad))
             return None
         self.nonfinite = 0
         utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, whole)
@@ -212,6 +217,10 @@ class Learner:
         apart = torch.where(rollout.mask.bool(), apart, 0.0)
         moved, tokens = processes.total([apart.sum().item(), rollout.mask.sum().item()])
         return moved / max(tokens, 1)
+
+
+def _finite(t: Tensor) -> bool:
+    return bool(getattr(t, "to_local", lambda: t)().isfinite().all())
 
 
 def slices(count: int, size: int | None) -> Iterator[slice]:
