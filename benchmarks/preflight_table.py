@@ -1,0 +1,244 @@
+"""Does the KL of the first update tell which GRPO runs collapse? On the embedded task.
+
+    python benchmarks/preflight_table.py            every setting; rows already there are kept
+    python benchmarks/preflight_table.py --smoke    a tiny run of two settings, in seconds
+    python benchmarks/preflight_table.py --table    the table of docs/preflight.md, from the JSON
+
+A row is one run: `grpo.preflight` on a cold-started model with a fresh adapter and AdamW, then the
+run itself with the same arguments, constant learning rate. Collapsed is a run whose sampled
+held-out accuracy at the end is below a tenth of that at its start, or that the guard calls
+absorbing (the rewards of every group equal for eight steps in a row; it is stopped there).
+The runs of protocol "1 update" choose the thresholds; those of "4 updates", which take four
+optimizer steps on each rollout as `structadapt grpo` does, test them.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import structadapt as sa
+from structadapt.adapters import Adapter
+from structadapt.examples import tiny_lm
+from structadapt.files import write_atomically
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "preflight.json"
+RSLORA = {
+    "scaling": "alpha/sqrt(r)",
+    "alpha": 16 / 8**0.5,
+}  # the scale of LoRA r=8, alpha=16 at r=8
+SETTINGS: dict[str, Adapter | None] = {
+    "LoRA r=8": sa.LoRA(8, 16.0),
+    "LoRA r=32": sa.LoRA(32, 64.0),
+    "LoRA r=64": sa.LoRA(64, 128.0),
+    "LoRA r=128": sa.LoRA(128, 256.0),
+    "LoRA r=256": sa.LoRA(256, 512.0),
+    "LoRA r=64, alpha 16": sa.LoRA(64, 16.0),
+    "LoRA r=128, alpha 16": sa.LoRA(128, 16.0),
+    "LoRA r=256, alpha 16": sa.LoRA(256, 16.0),
+    "rsLoRA r=128": sa.LoRA(128, **RSLORA),
+    "DoRA r=16": sa.DoRA(16, 32.0),
+    "QuanTA 3 axes": sa.QuanTA(3),
+    "full fine-tuning": None,
+}
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+SEEDS = (0, 1)
+EDGE: list[tuple[str, float]] = []  # in between, where runs begin to collapse; seed 2 as well
+FOUR: list[tuple[str, float]] = []  # with four updates a rollout
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a run goes, and how it is judged."""
+
+    name: str = "1 update"
+    prompts: int = 1024
+    prompts_per_step: int = 32
+    minibatches: int = 1
+    cold_start: float = 0.2  # sampled held-out accuracy that ends the cold start
+    problems: int = 500  # held-out, before and after
+
+    def config(self, seed: int) -> sa.grpo.Config:
+        return sa.grpo.Config(
+            eos_token_id=tiny_lm.EOS, pad_token_id=tiny_lm.EOS, share_prompts=True, seed=seed,
+            max_new_tokens=tiny_lm.ANSWER_TOKENS, prompts_per_step=self.prompts_per_step,
+            minibatches=self.minibatches,
+        )  # fmt: skip
+
+
+PROTOCOLS = (Protocol(), Protocol("4 updates", 2048, 64, 4))
+SMOKE = Protocol(prompts=96, cold_start=0.0, problems=20)
+
+
+# -- one row ---------------------------------------------------------------------------------------
+
+
+def accuracy(model: torch.nn.Module, protocol: Protocol, seed: int) -> dict[str, float]:
+    """Greedy and sampled, on held-out problems."""
+    rng = random.Random("held out, end")
+    held_out = list(islice(tiny_lm.problems(rng, held_out=True), protocol.problems))
+    found = {}
+    for kind in ("greedy", "sampled"):
+        result = sa.grpo.evaluate(
+            model, held_out, sa.grpo.exact_match, protocol.config(seed), greedy=kind == "greedy",
+            tokenizer=tiny_lm.CharTokenizer(), seed=seed,
+        )  # fmt: skip
+        found[kind] = result.mean
+    return found
+
+
+@cache
+def started(seed: int, protocol: Protocol) -> tuple[tiny_lm.TinyLM, dict[str, float]]:
+    """The cold-started model of a seed, and how well it does."""
+    torch.manual_seed(seed)
+    model = tiny_lm.TinyLM()
+    quick = replace(protocol, problems=min(protocol.problems, 300))
+    steps = tiny_lm.cold_start(
+        model, lambda: accuracy(model, quick, seed)["sampled"], protocol.cold_start, seed,
+        max_steps=400 if protocol.cold_start else 0,
+    )  # fmt: skip
+    for _ in steps:
+        pass
+    return model, accuracy(model, protocol, seed)
+
+
+def measure(name: str, lr: float, seed: int, protocol: Protocol) -> dict[str, Any]:
+    """Preflight, then the run."""
+    base, before = started(
+        seed, replace(protocol, name="", prompts=0, prompts_per_step=1, minibatches=1)
+    )
+    model, adapter, began = copy.deepcopy(base), SETTINGS[name], time.perf_counter()
+    if adapter is not None:
+        sa.adapt(model, adapter, seed=seed)
+    trained = list(model.parameters() if adapter is None else sa.adapter_parameters(model))
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    problems = tiny_lm.problems(random.Random(f"grpo {seed}"), held_out=False)
+    prompts = list(islice(problems, protocol.prompts))
+    run = model, optimizer, prompts, sa.grpo.exact_match, protocol.config(seed)
+    context: dict[str, Any] = {"tokenizer": tiny_lm.CharTokenizer()}
+    if adapter is not None:
+        context["rollout_context"] = lambda: sa.merged(model)
+    report = sa.grpo.preflight(*run, **context, weights=weights_of(model, adapter), tries=0)
+    steps, absorbed = [], None
+    for step in sa.grpo.train(*run, **context):
+        steps.append(step)
+        if any(alarm.startswith("absorbing") for alarm in step.alarms):
+            absorbed = step.step
+            break
+    assert protocol.minibatches > 1 or steps[0].kl == report.kl, "the trial is not the first step"
+    after = accuracy(model, protocol, seed)
+    return {
+        "setting": name, "lr": lr, "seed": seed, "protocol": protocol.name,
+        "kl": report.kl, "kl_step": report.kl_step, "reward": report.reward,
+        "relative": report.relative and asdict(report.relative),
+        "spectral": report.spectral and asdict(report.spectral),
+        "before": before, "after": after, "absorbed_at": absorbed, "steps": len(steps),
+        "lowest_reward": min(step.reward for step in steps),
+        "collapsed": absorbed is not None or after["sampled"] < before["sampled"] / 10,
+        "seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+
+
+def weights_of(model: torch.nn.Module, adapter: Adapter | None) -> Any:
+    """What `preflight` takes for an adapted model; None for one that is trained as it is."""
+    if adapter is None:
+        return None
+    layers = dict(model.named_modules())
+    return lambda: ((n, layers[n].weight, dW) for n, dW in sa.delta_weights(model))
+
+
+def cases() -> list[tuple[str, float, int, Protocol]]:
+    """(setting, rate, seed, protocol) of every row."""
+    one, four = PROTOCOLS
+    grid = [(name, lr, seed, one) for seed in SEEDS for lr in RATES for name in SETTINGS]
+    edge = [(name, lr, seed, one) for name, lr in EDGE for seed in (*SEEDS, 2)]
+    test = [(name, lr, seed, four) for seed in SEEDS for name, lr in FOUR]
+    return list(dict.fromkeys([*grid, *edge, *test]))
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["protocol"], row["seed"], row["setting"], row["lr"]
+
+
+def fill(path: Path, cases: list[tuple[Any, ...]]) -> dict[str, Any]:
+    """Measure what is not there yet, writing after every row."""
+    results = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    results["protocols"] = {p.name: asdict(p) for p in {case[3] for case in cases}} | results.get(
+        "protocols", {}
+    )
+    results["adapters"] = {name: repr(adapter) for name, adapter in SETTINGS.items()}
+    results["optimizer"] = "AdamW, constant learning rate, no weight decay, gradient norm 1.0"
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    results["versions"] = versions | {"threads": torch.get_num_threads()}
+    there = {key(row) for row in results["rows"]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, lr, seed, protocol in cases:
+        if (protocol.name, seed, name, lr) in there:
+            continue
+        row = measure(name, lr, seed, protocol)
+        results["rows"] = sorted([*results["rows"], row], key=lambda r: (r["protocol"], r["kl"]))
+        write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+        fate = "collapsed" if row["collapsed"] else "lived"
+        print(f"{protocol.name}, seed {seed}, {name}, lr {lr:g}: KL {row['kl']:.3g}, {fate}, "
+              f"{row['after']['sampled']:.3f}, {row['seconds']} s", file=sys.stderr)  # fmt: skip
+    return results
+
+
+# -- what the rows say -----------------------------------------------------------------------------
+
+
+def thresholds(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Which KL of the first update tells the runs that collapse.
+
+    safe: the largest of a run that lived and below every one that died. collapse: the smallest of
+    a run that died and above every one that lived. best: the one limit with the fewest errors, in
+    the middle (geometric) of the gap it stands in.
+    """
+    lived = sorted(row["kl"] for row in rows if not row["collapsed"])
+    died = sorted(row["kl"] for row in rows if row["collapsed"])
+    every = sorted([*lived, *died])
+    limits = [(a * b) ** 0.5 for a, b in zip(every, every[1:], strict=False)]
+
+    def errors(limit: float) -> int:
+        return sum(kl >= limit for kl in lived) + sum(kl < limit for kl in died)
+
+    best = min(limits, key=errors)
+    return {
+        "safe": max(kl for kl in lived if kl < died[0]),
+        "collapse": min(kl for kl in died if kl > lived[-1]),
+        "largest_lived": lived[-1],
+        "smallest_died": died[0],
+        "best": best,
+        "errors": errors(best),
+        "runs": len(rows),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS.name}")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.table:
+        results = json.loads(options.out.read_text())
+    else:
+        results = fill(options.out, cases())
+    print(len(results["rows"]))
+
+
+if __name__ == "__main__":
+    main()
