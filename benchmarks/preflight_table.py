@@ -21,7 +21,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def measure(name: str, lr: float, seed: int, protocol: Protocol) -> dict[str, An
     after = accuracy(model, protocol, seed)
     return {
         "setting": name, "lr": lr, "seed": seed, "protocol": protocol.name,
-        "kl": report.kl, "kl_step": report.kl_step, "reward": report.reward,
+        "kl": report.kl, "kl_step": report.first.kl_step, "reward": report.reward,
         "relative": report.relative and asdict(report.relative),
         "spectral": report.spectral and asdict(report.spectral),
         "before": before, "after": after, "absorbed_at": absorbed, "steps": len(steps),
@@ -172,10 +172,8 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def fill(path: Path, cases: list[tuple[Any, ...]]) -> dict[str, Any]:
     """Measure what is not there yet, writing after every row."""
-    results = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    results["protocols"] = {p.name: asdict(p) for p in {case[3] for case in cases}} | results.get(
-        "protocols", {}
-    )
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    results["protocols"] = {case[3].name: asdict(case[3]) for case in cases}
     results["adapters"] = {name: repr(adapter) for name, adapter in SETTINGS.items()}
     results["optimizer"] = "AdamW, constant learning rate, no weight decay, gradient norm 1.0"
     versions = {"torch": torch.__version__, "python": platform.python_version()}
@@ -207,7 +205,7 @@ def thresholds(rows: list[dict[str, Any]]) -> dict[str, float]:
     lived = sorted(row["kl"] for row in rows if not row["collapsed"])
     died = sorted(row["kl"] for row in rows if row["collapsed"])
     every = sorted([*lived, *died])
-    limits = [(a * b) ** 0.5 for a, b in zip(every, every[1:], strict=False)]
+    limits = [(a * b) ** 0.5 for a, b in pairwise(every)]
 
     def errors(limit: float) -> int:
         return sum(kl >= limit for kl in lived) + sum(kl < limit for kl in died)

@@ -5,14 +5,14 @@ cannot say are in docs/preflight.md, made by benchmarks/preflight_table.py.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from structadapt.grpo import objective
 from structadapt.grpo.config import Config
@@ -20,7 +20,8 @@ from structadapt.grpo.loop import learn, prepared
 from structadapt.grpo.rewards import Prompt, Reward
 from structadapt.grpo.rollout import Rollout
 from structadapt.grpo.sampling import Batch
-from structadapt.grpo.undo import Put, restored
+from structadapt.grpo.sizes import Size, Sizes, Weights, measurement, size_of, trained_matrices
+from structadapt.grpo.undo import Put, generators, restored
 from structadapt.grpo.update import Context, Learner
 
 # nats a token; of the runs in docs/results/preflight.json
@@ -30,19 +31,6 @@ AIM = 0.7  # of SAFE_KL, that a suggested rate aims at
 EXPONENT = 1.7  # KL ~ rate ** EXPONENT, until two rates are known
 
 Verdict = Literal["safe", "uncertain", "will collapse", "no signal"]
-Weights = Callable[[], Iterable[tuple[str, Tensor, Tensor]]]
-
-
-@dataclass(frozen=True)
-class Size:
-    """A ratio of norms, over matrices."""
-
-    median: float
-    largest: float
-    where: str  # the matrix that has the largest
-
-    def __str__(self) -> str:
-        return f"median {self.median:.3g}, largest {self.largest:.3g} ({self.where})"
 
 
 @dataclass(frozen=True)
@@ -60,17 +48,20 @@ class Preflight:
     """What the first step would do. `str()` of it is a report."""
 
     verdict: Verdict
-    lr: float  # largest of the parameter groups
-    kl: float  # KL(policy before || after the first update), nats a token; inf if not finite
-    kl_step: float  # the same after all updates of the step
-    updates: int  # in the step
-    relative: Size | None  # ||dW||_F / ||W||_F of the first update; None for no matrix
+    first: Try  # with the rates as they are
+    updates: int  # of the optimizer in the step
+    relative: Size | None  # ||dW||_F / ||W||_F of the first update; None without a matrix
     spectral: Size | None  # ||dW||_2 / ||W||_2
     reward: float  # mean of the rollout
     equal_groups: float  # share of groups whose rewards are all equal
-    tries: tuple[Try, ...]  # lower rates that were measured
-    suggestion: Try | None  # the one of them that is safe
-    warming_up: float | None  # the rate that a schedule has yet to reach, if it is above `lr`
+    warming_up: float | None  # the rate that a schedule has yet to reach, if it is higher
+    tries: tuple[Try, ...] = ()  # lower rates that were measured
+    suggestion: Try | None = None  # the one of them that is safe
+
+    @property
+    def kl(self) -> float:
+        """KL(policy before || after the first update), nats a token."""
+        return self.first.kl
 
     def __str__(self) -> str:
         if self.verdict == "no signal":
@@ -78,26 +69,28 @@ class Preflight:
                 f"no signal: the rewards of every group are equal (mean reward {self.reward:.3g}), "
                 "so the first update is exactly zero and nothing can be said"
             )
-        rows = [
-            ("KL, first update", f"{self.kl:.3g} nats a token at lr {self.lr:.3g} (safe up to "
-             f"{SAFE_KL:.3g}, collapse from {COLLAPSE_KL:.3g})"),
-            ("|dW|_F / |W|_F", str(self.relative)),
-            ("|dW|_2 / |W|_2", str(self.spectral)),
-            ("rollout", f"mean reward {self.reward:.3g}, {self.equal_groups:.0%} of the groups "
-             "without a gradient"),
-        ]  # fmt: skip
+        return "\n".join(
+            [_HEADLINES[self.verdict], *(f"  {name:18} {text}" for name, text in self._rows())]
+        )
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        first, best = self.first, self.suggestion
+        yield "learning rate", f"{first.lr:.3g}"
+        limits = f"safe up to {SAFE_KL:.3g}, collapse from {COLLAPSE_KL:.3g}"
+        yield "KL, first update", f"{first.kl:.3g} nats a token ({limits})"
         if self.updates > 1:
-            text = f"{self.kl_step:.3g} nats a token"
-            rows.insert(1, (f"KL, all {self.updates} updates", text))
-        rows += [(f"tried lr x {t.factor:.3g}", f"KL {t.kl:.3g}") for t in self.tries]
-        if self.suggestion is not None:
-            best = self.suggestion
-            rows.append(("suggestion", f"lr {best.lr:.3g}: measured KL {best.kl:.3g}"))
+            yield f"KL, {self.updates} updates", f"{first.kl_step:.3g} nats a token"
+        if self.relative is not None and self.spectral is not None:
+            yield "|dW|_F / |W|_F", str(self.relative)
+            yield "|dW|_2 / |W|_2", str(self.spectral)
+        equal = f"{self.equal_groups:.0%} of the groups without a gradient"
+        yield "rollout", f"mean reward {self.reward:.3g}, {equal}"
         if self.warming_up is not None:
-            text = f"the schedule goes on to {self.warming_up:.3g}: try that rate as well"
-            rows.append(("warm-up", text))
-        body = [f"  {name:18} {text}" for name, text in rows if text != "None"]
-        return "\n".join([_HEADLINES[self.verdict], *body])
+            yield "warm-up", f"the schedule goes on to {self.warming_up:.3g}: try that rate as well"
+        for attempt in self.tries:
+            yield f"lr x {attempt.factor:.3g}", f"KL {attempt.kl:.3g} nats a token"
+        if best is not None:
+            yield "suggestion", f"learning rate {best.lr:.3g}, measured KL {best.kl:.3g}"
 
 
 _HEADLINES = {
@@ -148,31 +141,45 @@ def preflight(
     )  # fmt: skip
     with restored(learner.model, optimizer, scheduler) as put:
         batch, _ = sampler.collect(step=0, start=0)
+        sampled = generators()
         equal = objective.equal_groups(batch.rewards).double().mean().item()
-        seen = {"reward": batch.rewards.mean().item(), "equal_groups": equal}
-        lr = max(group["lr"] for group in optimizer.param_groups)
-        goal = max(group.get("initial_lr", 0.0) for group in optimizer.param_groups)
-        seen |= {"lr": float(lr), "warming_up": float(goal) if goal > lr * 1.001 else None}
+        rollout: dict[str, Any] = {
+            "reward": batch.rewards.mean().item(),
+            "equal_groups": equal,
+            "warming_up": _goal(optimizer),
+        }
         if equal == 1:
-            return Preflight("no signal", kl=0.0, kl_step=0.0, updates=0, relative=None,
-                             spectral=None, tries=(), suggestion=None, **seen)  # fmt: skip
+            nothing = Try(1.0, _rate(optimizer), 0.0, 0.0)
+            return Preflight("no signal", nothing, 0, None, None, **rollout)
         learner.measure = measurement(weights or trained_matrices(learner))
-        first = learner.attempt(batch, 1.0)
-        updates, sizes, learner.measure = learner.updates, learner.sizes, None
-        tried = lower_rates(learner, batch, first, put) if tries else iter(())
-        found = tuple(attempt for attempt, _ in zip(tried, range(tries), strict=False))
-    best = found[-1] if found and verdict_of(found[-1].kl) == "safe" else None
-    return Preflight(verdict_of(first.kl), kl=first.kl, kl_step=first.kl_step, updates=updates,
-                     relative=size_of(sizes, 0), spectral=size_of(sizes, 1), tries=found,
-                     suggestion=best, **seen)  # fmt: skip
+        first, updates, sizes = learner.attempt(batch, 1.0), learner.updates, learner.sizes
+        learner.measure = None
+        again = lambda: (put(), sampled())  # noqa: E731
+        tried = tuple(islice(lower_rates(learner, batch, first, again), tries))
+    return Preflight(
+        verdict_of(first.kl), first, updates, size_of(sizes, 0), size_of(sizes, 1), **rollout,
+        tries=tried, suggestion=next((t for t in tried if verdict_of(t.kl) == "safe"), None),
+    )  # fmt: skip
 
 
-def lower_rates(learner: "Trial", batch: Batch, first: Try, put: Put) -> Iterator[Try]:
-    """Tries at ever lower rates until one is safe: along KL ~ rate ** p, with p of the last two."""
+def _rate(optimizer: torch.optim.Optimizer) -> float:
+    return float(max(group["lr"] for group in optimizer.param_groups))
+
+
+def _goal(optimizer: torch.optim.Optimizer) -> float | None:
+    """The rate before a scheduler, if that is above the one now."""
+    goal = float(max(group.get("initial_lr", 0.0) for group in optimizer.param_groups))
+    return goal if goal > _rate(optimizer) * 1.001 else None
+
+
+def lower_rates(learner: "Trial", batch: Batch, first: Try, again: Put) -> Iterator[Try]:
+    """Tries at ever lower rates until one is safe: along KL ~ rate ** p, with p of the last two.
+
+    again: puts back what there was after sampling."""
     last, power = first, EXPONENT
     while verdict_of(last.kl) != "safe":
         change = (AIM * SAFE_KL / last.kl) ** (1 / power) if math.isfinite(last.kl) else 0.1
-        put()
+        again()
         now = learner.attempt(batch, last.factor * change)
         if 0 < now.kl < last.kl < math.inf:
             power = min(max(math.log(now.kl / last.kl) / math.log(change), 1.0), 2.0)
@@ -187,8 +194,9 @@ def lower_rates(learner: "Trial", batch: Batch, first: Try, put: Put) -> Iterato
 class Trial(Learner):
     """A learner that looks at the policy after its first update."""
 
-    measure: Callable[[], dict[str, tuple[float, float]]] | None = None
+    measure: Callable[[], Sizes] | None = None
     first: float | None = None  # KL after the first update
+    sizes: Sizes = field(default_factory=dict)  # what `measure` found then
     updates: int = 0
 
     def attempt(self, batch: Batch, factor: float) -> Try:
@@ -198,7 +206,7 @@ class Trial(Learner):
             group["lr"] = group["lr"] * factor
         if hasattr(self.scheduler, "base_lrs"):
             self.scheduler.base_lrs = [lr * factor for lr in self.scheduler.base_lrs]
-        lr = float(max(group["lr"] for group in self.optimizer.param_groups))
+        lr = _rate(self.optimizer)
         try:
             learn(self, batch, 0, 0.0)
             after = self._kl_after(self.rollout) if self.updates > 1 else self.first
@@ -223,57 +231,3 @@ class Trial(Learner):
             self.first = self._kl_after(self.rollout)
             self.sizes = {} if self.measure is None else self.measure()
         return norm
-
-
-def trained_matrices(learner: Learner) -> Weights:
-    """The two-dimensional parameters of the optimizer: as they are now, and what they gain."""
-
-    def whole(p: Tensor) -> Tensor:
-        return getattr(p, "full_tensor", lambda: p)().detach()
-
-    matrices = {n: p for n, p in learner.parameters.items() if p.dim() == 2}
-    start = {name: whole(p).clone() for name, p in matrices.items()}
-    return lambda: ((name, W, whole(matrices[name]).float() - W) for name, W in start.items())
-
-
-def measurement(weights: Weights) -> Callable[[], dict[str, tuple[float, float]]]:
-    """A function for after an update: (||dW||_F / ||W||_F, ||dW||_2 / ||W||_2) by name, dW being
-    the change since now. A matrix of zeros is left out."""
-    before = {name: dW.clone() for name, _, dW in weights() if dW.any()}  # none of fresh adapters
-
-    @torch.no_grad()
-    def measure() -> dict[str, tuple[float, float]]:
-        found = {}
-        for name, W, dW in weights():
-            W, dW = W.float(), dW.float()
-            base, change = (W + before[name], dW - before[name]) if name in before else (W, dW)
-            if base.any():
-                parts = change.norm() / base.norm(), spectral_norm(change) / spectral_norm(base)
-                found[name] = (float(parts[0]), float(parts[1]))
-        return found
-
-    return measure
-
-
-def size_of(sizes: dict[str, tuple[float, float]], which: int) -> Size | None:
-    values = {name: pair[which] for name, pair in sizes.items()}
-    if not values:
-        return None
-    where = max(values, key=lambda name: values[name])
-    return Size(median(values.values()), values[where], where)
-
-
-def spectral_norm(W: Tensor, vectors: int = 8, rounds: int = 12) -> Tensor:
-    """||W||_2 of a matrix, from below: subspace iteration on W^T W (Halko et al. 2011, 4.4), fp32.
-
-    Off by less than 1 % unless more than `vectors` singular values lie that close together.
-    """
-    generator = torch.Generator().manual_seed(0)
-    Q = torch.randn(W.shape[1], min(vectors, *W.shape), generator=generator).to(W.device)
-    scale = W.abs().max()
-    if scale == 0 or not scale.isfinite():
-        return scale
-    W = W / scale  # the squares of tiny updates are not even subnormal
-    for _ in range(rounds):
-        Q = torch.linalg.qr(W.T @ (W @ Q)).Q
-    return torch.linalg.matrix_norm(W @ Q, ord=2) * scale

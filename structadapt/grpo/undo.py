@@ -26,27 +26,34 @@ def restored(
     gradient, every module's mode and the generators of Python, NumPy, torch and CUDA. Tensors stay
     the same objects. Frozen parameters are not copied: no step writes them.
     """
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    seen: dict[int, Put] = {}
-    pieces = {
-        "parameters": keep([*held, *trained], seen),
-        "buffers": keep([module._buffers for module in model.modules()], seen),
-        "optimizer": keep(vars(optimizer), seen),
-        "scheduler": _schedule(scheduler),
-        "gradients": _gradients([*held, *model.parameters()]),
-        "modes": _modes(model),
-        "generators": _generators(),
-    }
+    kept = pieces(model, optimizer, scheduler)
 
     def put() -> None:
-        for piece in pieces.values():
+        for piece in kept.values():
             piece()
 
     try:
         yield put
     finally:
         put()
+
+
+def pieces(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> dict[str, Put]:
+    """What puts each part of the state back as it is now."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    apart = {
+        id(p): lambda p=p: p for p in held
+    }  # what the optimizer says of them is not their value
+    return {
+        "parameters": keep([*held, *trained], {}),
+        "buffers": keep([module._buffers for module in model.modules()], {}),
+        "optimizer": keep(vars(optimizer), apart),
+        "scheduler": _schedule(scheduler),
+        "gradients": _gradients([*held, *model.parameters()]),
+        "modes": _modes(model),
+        "generators": generators(),
+    }
 
 
 def _schedule(scheduler: Any) -> Put:
@@ -76,7 +83,8 @@ def _modes(model: nn.Module) -> Put:
     return put
 
 
-def _generators() -> Put:
+def generators() -> Put:
+    """What puts the random number generators back as they are now."""
     state = _random_state()
     return lambda: _put_random_state(state)
 
