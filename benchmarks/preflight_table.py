@@ -15,6 +15,7 @@ optimizer steps on each rollout as `structadapt grpo` does, test them.
 import argparse
 import copy
 import json
+import math
 import platform
 import random
 import sys
@@ -31,6 +32,7 @@ import structadapt as sa
 from structadapt.adapters import Adapter
 from structadapt.examples import tiny_lm
 from structadapt.files import write_atomically
+from structadapt.grpo.trial import verdict_of
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "preflight.json"
 RSLORA = {
@@ -52,9 +54,16 @@ SETTINGS: dict[str, Adapter | None] = {
     "full fine-tuning": None,
 }
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-SEEDS = (0, 1)
-EDGE: list[tuple[str, float]] = []  # in between, where runs begin to collapse; seed 2 as well
-FOUR: list[tuple[str, float]] = []  # with four updates a rollout
+EDGE = [  # where runs begin to collapse; with other seeds too
+    ("LoRA r=128", 1e-3), ("LoRA r=64", 3e-3), ("LoRA r=32", 3e-3), ("rsLoRA r=128", 3e-3),
+    ("LoRA r=256", 1e-3), ("full fine-tuning", 1e-3), ("LoRA r=64, alpha 16", 1e-2),
+    ("LoRA r=256, alpha 16", 1e-2), ("DoRA r=16", 3e-3), ("LoRA r=8", 1e-2),
+    ("QuanTA 3 axes", 3e-3), ("full fine-tuning", 5e-4), ("LoRA r=64", 1.5e-3),
+    ("LoRA r=64", 2e-3), ("LoRA r=256", 5e-4), ("LoRA r=64, alpha 16", 5e-3), ("DoRA r=16", 5e-3),
+]  # fmt: skip
+FOUR = [  # with four updates a rollout
+    ("LoRA r=128", 1e-3), ("LoRA r=64", 2e-3), ("LoRA r=8", 2e-3), ("full fine-tuning", 3e-4),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -159,18 +168,18 @@ def weights_of(model: torch.nn.Module, adapter: Adapter | None) -> Any:
 
 def cases() -> list[tuple[str, float, int, Protocol]]:
     """(setting, rate, seed, protocol) of every row."""
-    one, four = PROTOCOLS
-    grid = [(name, lr, seed, one) for seed in SEEDS for lr in RATES for name in SETTINGS]
-    edge = [(name, lr, seed, one) for name, lr in EDGE for seed in (*SEEDS, 2)]
-    test = [(name, lr, seed, four) for seed in SEEDS for name, lr in FOUR]
-    return list(dict.fromkeys([*grid, *edge, *test]))
+    one, four_updates = PROTOCOLS
+    grid = [(name, lr, 0, one) for lr in RATES for name in SETTINGS]
+    edge = [(name, lr, seed, one) for seed in (1, 0, 2) for name, lr in EDGE]
+    four = [(name, lr, 0, four_updates) for name, lr in FOUR]
+    return list(dict.fromkeys([*grid, *edge[: 2 * len(EDGE)], *four, *edge]))
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["protocol"], row["seed"], row["setting"], row["lr"]
 
 
-def fill(path: Path, cases: list[tuple[Any, ...]]) -> dict[str, Any]:
+def fill(path: Path, cases: list[tuple[str, float, int, Protocol]]) -> None:
     """Measure what is not there yet, writing after every row."""
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     results["protocols"] = {case[3].name: asdict(case[3]) for case in cases}
@@ -189,37 +198,96 @@ def fill(path: Path, cases: list[tuple[Any, ...]]) -> dict[str, Any]:
         fate = "collapsed" if row["collapsed"] else "lived"
         print(f"{protocol.name}, seed {seed}, {name}, lr {lr:g}: KL {row['kl']:.3g}, {fate}, "
               f"{row['after']['sampled']:.3f}, {row['seconds']} s", file=sys.stderr)  # fmt: skip
-    return results
 
 
 # -- what the rows say -----------------------------------------------------------------------------
 
 
 def thresholds(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Which KL of the first update tells the runs that collapse.
+    """Which KL of the first update tells the runs that collapse. ValueError if all or none do.
 
-    safe: the largest of a run that lived and below every one that died. collapse: the smallest of
-    a run that died and above every one that lived. best: the one limit with the fewest errors, in
-    the middle (geometric) of the gap it stands in.
+    safe: the largest of a run that lived and below every one that died, rounded down. collapse: the
+    smallest of a run that died and above every one that lived, rounded up. best: the one limit with
+    the fewest errors, in the (geometric) middle of the gap it stands in.
     """
     lived = sorted(row["kl"] for row in rows if not row["collapsed"])
     died = sorted(row["kl"] for row in rows if row["collapsed"])
-    every = sorted([*lived, *died])
-    limits = [(a * b) ** 0.5 for a, b in pairwise(every)]
-
-    def errors(limit: float) -> int:
-        return sum(kl >= limit for kl in lived) + sum(kl < limit for kl in died)
-
-    best = min(limits, key=errors)
+    if not lived or not died:
+        raise ValueError("every run lived, or none did: nothing to choose from")
+    limits = [(a * b) ** 0.5 for a, b in pairwise(sorted([*lived, *died]))]
+    best = min(limits, key=lambda limit: errors(rows, limit))
     return {
-        "safe": max(kl for kl in lived if kl < died[0]),
-        "collapse": min(kl for kl in died if kl > lived[-1]),
+        "safe": two_digits(max(kl for kl in lived if kl < died[0]), math.floor),
+        "collapse": two_digits(min(kl for kl in died if kl > lived[-1]), math.ceil),
         "largest_lived": lived[-1],
         "smallest_died": died[0],
         "best": best,
-        "errors": errors(best),
-        "runs": len(rows),
+        "errors": errors(rows, best),
     }
+
+
+def errors(rows: list[dict[str, Any]], limit: float) -> int:
+    """Runs that lived from the limit on, or died below it."""
+    return sum((row["kl"] >= limit) != row["collapsed"] for row in rows)
+
+
+def two_digits(value: float, towards: Any) -> float:
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{towards(value / unit) * unit:.2g}")
+
+
+def conclusion(results: dict[str, Any]) -> str:
+    """In words, what the rows say of the limits and of the hypothesis they set out to test."""
+    rows = [row for row in results["rows"] if row["protocol"] == PROTOCOLS[0].name]
+    found, count = thresholds(rows), len(rows)
+    first = [row for row in rows if row["seed"] == 0]
+    others = [row for row in rows if row["seed"] != 0]
+    limit = thresholds(first)["best"]
+    wrong = [r for r in rows if (r["collapsed"] and r["kl"] <= 0.42)
+             or (not r["collapsed"] and r["kl"] >= 0.7)]  # fmt: skip
+    between = sum(found["safe"] < row["kl"] < found["collapse"] for row in rows)
+    lines = [
+        f"- {count} runs of one update a rollout, {sum(r['collapsed'] for r in rows)} of them "
+        f"collapsed. The largest KL that lived is {found['largest_lived']:.3g}, the smallest that "
+        f"died {found['smallest_died']:.3g}.",
+        f"- Limits from these runs: safe up to {found['safe']:.2g}, collapse from "
+        f"{found['collapse']:.2g}; {between} runs lie between.",
+        f"- The best single limit, {found['best']:.2g}, is wrong for {found['errors']} of {count} "
+        f"({found['errors'] / count:.1%}). The one that seed 0 alone chooses, {limit:.2g}, is "
+        f"wrong for {errors(others, limit)} of the {len(others)} runs with other seeds.",
+        "- The hypothesis (from 0.7 on all die, up to 0.42 all live) "
+        + (f"fails for {len(wrong)} of {count} runs." if wrong else "holds for all of them."),
+    ]
+    tests = [row for row in results["rows"] if row["protocol"] != PROTOCOLS[0].name]
+    if tests:
+        sure = [r for r in tests if not found["safe"] < r["kl"] < found["collapse"]]
+        bad = errors(sure, found["collapse"])
+        lines.append(
+            f"- {len(tests)} runs of four updates a rollout, which chose nothing: a verdict other "
+            f"than uncertain for {len(sure)}, wrong for {bad}."
+        )
+    return "\n".join(lines)
+
+
+def table(results: dict[str, Any]) -> str:
+    """One line a run, by protocol and KL."""
+    lines = [
+        "| updates | KL | setting | learning rate | seed | preflight | before | after | greedy | "
+        "fate |",
+        "|--:|--:|---|--:|--:|---|--:|--:|--:|---|",
+    ]
+    for row in results["rows"]:
+        before, after = row["before"], row["after"]
+        fate = "lived"
+        if row["collapsed"]:
+            absorbed = row["absorbed_at"] is not None
+            fate = "**collapsed**" + (f", absorbed by step {row['absorbed_at']}" * absorbed)
+        lines.append(
+            f"| {row['protocol'].split()[0]} | {row['kl']:.2g} | {row['setting']} | {row['lr']:g} "
+            f"| {row['seed']} | {verdict_of(row['kl'])} | {before['sampled']:.1%} "
+            f"| {after['sampled']:.1%} | {after['greedy']:.1%} | {fate} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -231,11 +299,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS.name}")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.table:
-        results = json.loads(options.out.read_text())
-    else:
-        results = fill(options.out, cases())
-    print(len(results["rows"]))
+    if options.smoke and options.out == RESULTS:
+        parser.error("--smoke writes numbers that mean nothing: give it another --out")
+    if options.smoke:
+        fill(options.out, [("LoRA r=8", 1e-3, 0, SMOKE), ("full fine-tuning", 1e-2, 0, SMOKE)])
+    elif not options.table:
+        fill(options.out, cases())
+    results = json.loads(options.out.read_text())
+    print(table(results))
+    if not options.smoke:
+        print(f"\n{conclusion(results)}")
 
 
 if __name__ == "__main__":

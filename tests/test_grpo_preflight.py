@@ -1,8 +1,13 @@
 """Preflight says what the loop's first step will do, and leaves no trace."""
 
 import copy
+import importlib.util
+import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +19,8 @@ import structadapt as sa
 from structadapt.grpo import trial, undo
 from structadapt.grpo.sizes import spectral_norm
 
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "preflight_table.py"
 CONFIG = sa.grpo.Config(eos_token_id=EOS, max_new_tokens=6, group_size=4, prompts_per_step=5)
 
 
@@ -302,3 +309,73 @@ def test_spectral_norm(shape, scale):
     assert spectral_norm(W).item() == pytest.approx(exact, rel=0.01)
     assert spectral_norm(W).item() <= exact * (1 + 1e-5)
     assert spectral_norm(torch.zeros(shape)).item() == 0
+
+
+# -- the table that the verdicts rest on -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("preflight_table", SCRIPT)
+    module = sys.modules["preflight_table"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["preflight_table"]
+
+
+@pytest.fixture(scope="module")
+def results(benchmark):
+    return json.loads(benchmark.RESULTS.read_text())
+
+
+def test_the_limits_are_those_of_the_measured_runs(benchmark, results):
+    rows = [row for row in results["rows"] if row["protocol"] == "1 update"]
+    assert len(rows) >= 40
+    found = benchmark.thresholds(rows)
+    assert (trial.SAFE_KL, trial.COLLAPSE_KL) == (found["safe"], found["collapse"])
+    for row in rows:
+        verdict = trial.verdict_of(row["kl"])
+        assert verdict != ("safe" if row["collapsed"] else "will collapse"), row
+
+
+def test_the_documented_table_is_the_measured_one(benchmark, results):
+    text = (ROOT / "docs" / "preflight.md").read_text()
+    assert f"\n\n{benchmark.table(results)}\n" in text
+    assert f"\n\n{benchmark.conclusion(results)}\n\n" in text
+
+
+def test_every_measured_run_is_one_of_the_script_and_once(benchmark, results):
+    keys = [benchmark.key(row) for row in results["rows"]]
+    cases = {(p.name, seed, name, lr) for name, lr, seed, p in benchmark.cases()}
+    assert len(keys) == len(set(keys)) and set(keys) <= cases
+    assert results["protocols"] == json.loads(
+        json.dumps({p.name: vars(p) for p in benchmark.PROTOCOLS})
+    )
+
+
+def test_limits_of_made_up_runs(benchmark):
+    def limits(lived, died):
+        return benchmark.thresholds([{"kl": kl, "collapsed": False} for kl in lived]
+                                    + [{"kl": kl, "collapsed": True} for kl in died])  # fmt: skip
+
+    found = limits([0.1, 0.2345], [0.7321, 2.0])
+    assert (found["safe"], found["collapse"], found["errors"]) == (0.23, 0.74, 0)
+    assert found["best"] == pytest.approx((0.2345 * 0.7321) ** 0.5)
+    found = limits([0.1, 0.2, 0.5], [0.3, 0.9, 2.0])
+    assert (found["safe"], found["collapse"], found["errors"]) == (0.2, 0.9, 1)
+    assert (found["largest_lived"], found["smallest_died"]) == (0.5, 0.3)
+    with pytest.raises(ValueError, match="nothing to choose from"):
+        limits([0.1], [])
+
+
+def test_the_script_runs_and_goes_on(tmp_path):
+    """In a process of its own: it sets the number of threads."""
+    out = tmp_path / "smoke.json"
+    command = [sys.executable, SCRIPT, "--smoke", "--out", out]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 2 and printed.count("\n| 1 |") == 2
+    assert all(row["steps"] == 3 for row in rows)
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert not again.stderr and json.loads(out.read_text())["rows"] == rows
+    assert subprocess.run([*command[:3]], capture_output=True).returncode == 2

@@ -173,16 +173,22 @@ def _goal(optimizer: torch.optim.Optimizer) -> float | None:
 
 
 def lower_rates(learner: "Trial", batch: Batch, first: Try, again: Put) -> Iterator[Try]:
-    """Tries at ever lower rates until one is safe: along KL ~ rate ** p, with p of the last two.
+    """Tries at ever lower rates until one is safe: along KL ~ rate ** p, with p of the last two,
+    and two digits of the rate.
 
     again: puts back what there was after sampling."""
     last, power = first, EXPONENT
     while verdict_of(last.kl) != "safe":
         change = (AIM * SAFE_KL / last.kl) ** (1 / power) if math.isfinite(last.kl) else 0.1
         again()
-        now = learner.attempt(batch, last.factor * change)
+        rate = _rate(learner.optimizer)
+        rounded = float(
+            f"{rate * last.factor * change:.2g}"
+        )  # what is printed is what was measured
+        now = learner.attempt(batch, rounded / rate)
         if 0 < now.kl < last.kl < math.inf:
-            power = min(max(math.log(now.kl / last.kl) / math.log(change), 1.0), 2.0)
+            slope = math.log(now.kl / last.kl) / math.log(now.factor / last.factor)
+            power = min(max(slope, 1.0), 2.0)
         last = now
         yield now
 
