@@ -332,7 +332,7 @@ def test_the_limits_are_those_of_the_measured_runs(benchmark, results):
     rows = [row for row in results["rows"] if row["protocol"] == "1 update"]
     assert len(rows) >= 40
     found = benchmark.thresholds(rows)
-    assert (trial.SAFE_KL, trial.COLLAPSE_KL) == (found["safe"], found["collapse"])
+    assert (found["safe"], found["collapse"]) == (trial.SAFE_KL, trial.COLLAPSE_KL)
     for row in rows:
         verdict = trial.verdict_of(row["kl"])
         assert verdict != ("safe" if row["collapsed"] else "will collapse"), row
