@@ -258,6 +258,14 @@ def conclusion(results: dict[str, Any]) -> str:
         "- The hypothesis (from 0.7 on all die, up to 0.42 all live) "
         + (f"fails for {len(wrong)} of {count} runs." if wrong else "holds for all of them."),
     ]
+    lost = [
+        r for r in rows if not r["collapsed"] and r["after"]["sampled"] < r["before"]["sampled"]
+    ]
+    if lost:
+        lines.append(
+            f"- {len(lost)} runs lived and still ended below where they began; the smallest KL of "
+            f"these is {min(r['kl'] for r in lost):.2g}."
+        )
     tests = [row for row in results["rows"] if row["protocol"] != PROTOCOLS[0].name]
     if tests:
         sure = [r for r in tests if not found["safe"] < r["kl"] < found["collapse"]]
