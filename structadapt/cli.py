@@ -1,4 +1,4 @@
-"""The command line: structadapt grpo | spectra."""
+"""The command line: structadapt grpo | preflight | spectra."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from structadapt.examples import grpo as grpo_example
+from structadapt.examples import preflight as preflight_example
 from structadapt.examples.options import add_arguments
 from structadapt.spectra import analyze
 
@@ -20,7 +21,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run one subcommand and return its exit code: 0, 2 for bad input, 130 after Ctrl-C; others of
+    `grpo` and `preflight` stand in their help."""
     parser = Parser(prog="structadapt", description="Choose the structure of a weight update.")
     parser.add_argument("--version", action="version", version=version("structadapt"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -34,6 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_arguments(command)
     command.set_defaults(run=grpo_example.main)
+
+    command = commands.add_parser(
+        "preflight",
+        help="whether that run would collapse, from its first update",
+        description=preflight_example.__doc__,
+        formatter_class=raw,
+    )
+    add_arguments(command, without=("--prompts", "--out"))
+    command.set_defaults(run=preflight_example.main)
 
     command = commands.add_parser(
         "spectra",

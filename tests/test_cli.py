@@ -16,8 +16,10 @@ from torch import nn
 
 import structadapt as sa
 from structadapt import cli
+from structadapt.examples import grpo as grpo_example
 from structadapt.examples import show, tiny_lm
 from structadapt.examples.grpo import collapsed_at
+from structadapt.grpo import trial
 
 FAST = ["--cold-start", "0", "--prompts", "128"]
 
@@ -314,11 +316,98 @@ def test_collapse_in_words():
 def test_version_and_help(capsys):
     assert call("--version") == 0
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", capsys.readouterr().out)
-    for command in ([], ["grpo"], ["spectra"]):
+    for command in ([], ["grpo"], ["preflight"], ["spectra"]):
         assert call(*command, "--help") == 0
         assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
     assert call() == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# -- preflight -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd(monkeypatch):
+    """A reward that an untrained model gets at times: whether the completion's length is odd."""
+    monkeypatch.setattr(sa.grpo, "exact_match", lambda p, c, meta: float(len(c) % 2))
+
+
+def preflight(capsys, *options):
+    """(exit code, report) of a preflight without a cold start."""
+    code = call("preflight", "--cold-start", "0", "--json", *options)
+    out, err = capsys.readouterr()
+    assert not err
+    return code, json.loads(out)
+
+
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_preflight_is_the_first_step_of_the_run(kind, odd, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grpo_example, "END_PROBLEMS", 10)
+    code, report = preflight(capsys, "--adapter", kind, "--lr", "1e-4", "--seed", "3")
+    assert code == 0 and report["verdict"] == "safe" and report["updates"] == 4
+    assert report["first"]["kl"] > 0 and report["tries"] == [] and report["alpha"] is None
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+    options = ["--adapter", kind, "--lr", "1e-4", "--seed", "3", "--quiet", "--out", "run"]
+    assert call("grpo", "--cold-start", "0", "--prompts", "64", *options) == 0
+    step = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert report["reward"] == step["reward"]
+    assert report["equal_groups"] == step["zero_std_fraction"]
+
+
+def test_preflight_suggests_what_it_measured(odd, monkeypatch, capsys):
+    monkeypatch.setattr(trial, "SAFE_KL", 1e-3)
+    monkeypatch.setattr(trial, "COLLAPSE_KL", 2e-3)
+    options = ["--rank", "64", "--lr", "0.01"]
+    code, report = preflight(capsys, *options)
+    assert code == 4 and report["verdict"] == "will collapse"
+    best, alpha = report["suggestion"], report["alpha"]
+    code, again = preflight(capsys, "--rank", "64", "--lr", best["lr"])
+    assert code == 0 and again["verdict"] == "safe"
+    assert again["first"]["kl"] == pytest.approx(best["kl"], rel=1e-4)
+    code, again = preflight(capsys, *options, "--alpha", alpha["alpha"])
+    assert code == 0 and again["first"]["kl"] == pytest.approx(alpha["kl"], rel=1e-4)
+
+    assert call("preflight", "--cold-start", "0", "--quiet", *options) == 4
+    out = capsys.readouterr().out
+    assert out.startswith("will collapse: ") and max(map(len, out.splitlines())) <= 120
+    words = f"Try --lr {best['lr']:.3g}, or --alpha {alpha['alpha']:.3g} (measured KL"
+    assert words in out
+
+
+def test_preflight_of_a_model_without_a_reward(capsys):
+    assert preflight(capsys)[0] == 3
+    assert call("preflight", "--cold-start", "0", "--quiet") == 3
+    assert "no signal: the rewards of every group are equal" in capsys.readouterr().out
+
+
+def test_preflight_that_is_not_finite(odd, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise FloatingPointError("step 0: the gradient norm is nan")
+
+    code, report = preflight(capsys, "--lr", "1000", "--adapter", "full")
+    assert code == 4 and report["first"]["kl_step"] is None  # JSON has no infinity
+    monkeypatch.setattr(sa.grpo, "preflight", fail)
+    assert call("preflight", "--cold-start", "0", "--quiet") == 1
+    assert "preflight: step 0: the gradient norm is nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--adapter", "lara"], "invalid choice: 'lara' (choose from"),
+        (["--rank", "0"], "LoRA: rank must be a positive integer, got 0"),
+        (["--lr", "nan"], "--lr must be from"),
+        (["--prompts", "5"], "unrecognized arguments: --prompts"),
+        (["--out", "here"], "unrecognized arguments: --out"),
+        (["--load", "nowhere.safetensors"], "nowhere.safetensors"),
+    ],
+)
+def test_a_mistake_with_preflight_is_one_line_too(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call("preflight", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert words in err and err.count("\n") == 1 and not out and not list(tmp_path.iterdir())
 
 
 # -- the whole example, as the README runs it ------------------------------------------------------

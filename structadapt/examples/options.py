@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,14 @@ class Settings:
 _COLD_START = "sampled held-out accuracy that ends the cold start (default: 0.2; 0: no cold start)"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `structadapt grpo`."""
+def add_arguments(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """The options of `structadapt grpo`, or all but some."""
     own = "default: the adapter's own"
-    add = parser.add_argument
+
+    def add(name: str, **options: Any) -> None:
+        if name not in without:
+            parser.add_argument(name, **options)
+
     add("--adapter", choices=tuple(ADAPTERS), help="default: lora; full trains all the weights")
     add("--rank", type=int, help=f"rank of LoRA and DoRA ({own}, 8 and 16)")
     add("--alpha", type=float, help="scale of LoRA and DoRA is alpha / rank (default: 2 rank)")

@@ -21,6 +21,7 @@ from structadapt.grpo.rewards import combine, exact_match, matches_format, numer
 from structadapt.grpo.rollout import Rollout, generate, logprobs
 from structadapt.grpo.sandbox import Sandbox, SandboxError, sandboxed
 from structadapt.grpo.tasks import load_deepmath, load_jsonl, math_verify_reward, reasoning_gym
+from structadapt.grpo.trial import Preflight, preflight
 
 __all__ = [
     "Checkpoints",
@@ -29,6 +30,7 @@ __all__ = [
     "Evaluation",
     "Guard",
     "Interval",
+    "Preflight",
     "Rollout",
     "Sandbox",
     "SandboxError",
@@ -50,6 +52,7 @@ __all__ = [
     "numeric_match",
     "overlong_penalty",
     "pass_at_k",
+    "preflight",
     "reasoning_gym",
     "sandboxed",
     "steps_in",

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from structadapt.grpo.resume import Checkpoints
 from structadapt.grpo.rewards import Prompt, Reward, record, with_meta
 from structadapt.grpo.sampling import Batch, Sampler
 from structadapt.grpo.update import Context, Learner, names_of
+
+L = TypeVar("L", bound=Learner)
 
 
 def train(
@@ -70,12 +72,31 @@ def train(
     gradient that is not finite (see Config.nonfinite), before the optimizer would apply it, and
     CollapseError for an alarm with on_collapse="stop", after the step's record.
     """
+    learner, sampler = prepared(
+        model, optimizer, prompts, reward, config, tokenizer, rollout_context, reference, scheduler
+    )
+    return _steps(learner, sampler, guard or Guard(), checkpoints)
+
+
+def prepared(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    config: Config,
+    tokenizer: Any,
+    rollout_context: Context,
+    reference: Context | None,
+    scheduler: Any,
+    kind: type[L] = Learner,
+) -> tuple[L, Sampler]:
+    """What learns and what samples; ValueError for what `train` refuses before the first step."""
     if isinstance(model, DistributedDataParallel):
         model = model.module
     if not len(prompts):
         raise ValueError("no prompts to train on")
     records = [record(prompt, tokenizer) for prompt in prompts]
-    learner = Learner(model, optimizer, config, scheduler, reference)
+    learner = kind(model, optimizer, config, scheduler, reference)
     if not any(p.requires_grad for p in learner.parameters.values()):
         raise ValueError("no parameter of the optimizer requires a gradient")
     short = [n for n, p in learner.parameters.items() if p.requires_grad and p.element_size() < 4]
@@ -90,7 +111,7 @@ def train(
             "as lambda: structadapt.disabled(model)"
         )
     sampler = Sampler(model, records, with_meta(reward), config, tokenizer, rollout_context)
-    return _steps(learner, sampler, guard or Guard(), checkpoints)
+    return learner, sampler
 
 
 def steps_in(prompts: int, config: Config) -> int:
@@ -113,7 +134,7 @@ def _steps(
         began = time.perf_counter()
         batch, start = sampler.collect(step, start)
         sampled = time.perf_counter()
-        record = _learn(learner, batch, step, sampled - began)
+        record = learn(learner, batch, step, sampled - began)
         record = replace(record, prompts=start)
         record = replace(record, alarms=guard.look(record))
         if checkpoints is not None:
@@ -131,7 +152,7 @@ def _stop_at(record: Step, config: Config) -> None:
         raise CollapseError(f"step {record.step}: {record.alarms[0]}")
 
 
-def _learn(learner: Learner, batch: Batch, step: int, rollout_seconds: float) -> Step:
+def learn(learner: Learner, batch: Batch, step: int, rollout_seconds: float) -> Step:
     """The update on a batch, and its record."""
     config, began = learner.config, time.perf_counter()
     A = objective.advantages(batch.shaped, config.advantage)
