@@ -4,6 +4,7 @@ import inspect
 import math
 import random
 import threading
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -16,7 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import structadapt as sa
 from structadapt import ops
 from structadapt.examples import tiny_lm
+from structadapt.grpo import network
 from structadapt.grpo.config import Config
+from structadapt.grpo.network import Network
 from structadapt.grpo.noise import uniforms
 from structadapt.grpo.output_head import find_head
 from structadapt.grpo.rollout import Rollout, _draw, evaluating, generate, logprobs
@@ -147,6 +150,38 @@ def test_the_end_counts_once_though_it_is_the_pad_token(model):
 def test_prompts_that_hold_the_pad_token_are_not_masked(model):
     r = rollout(model, prompts=[[EOS, 5, EOS], [EOS]])
     assert r.prompt_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("head", ["auto", "logits"])
+@pytest.mark.parametrize("name", CACHED)
+def test_completions_of_like_lengths_run_together(name, head, monkeypatch):
+    """Shared prompts, many tokens: less padding is run, and nothing else changes."""
+    model = build(name)
+    prompts = [p for p in PROMPTS for _ in range(12)]
+    r = rollout(model, prompts, share_prompts=True)
+    lengths = torch.randint(0, r.mask.shape[1] + 1, (len(r), 1))  # 0: masked, as too long
+    r = replace(r, mask=(torch.arange(r.mask.shape[1]) < lengths).long())
+    weights = torch.randn(r.mask.shape) * r.mask
+    found, seen = [], []
+    call = Network._call
+
+    def watched(self, ids, *arguments, **options):
+        seen.append(ids.numel())
+        return call(self, ids, *arguments, **options)
+
+    monkeypatch.setattr(Network, "_call", watched)
+    for small in (0, 10**9):
+        monkeypatch.setattr(network, "SMALL", small)
+        model.zero_grad()
+        seen.append(0)
+        logp, entropy = logprobs(model, r, share_prompts=True, head=head)
+        (logp * weights).sum().backward()
+        found.append([logp.detach() * r.mask, entropy * r.mask, *(p.grad.clone() for p in
+                      model.parameters() if p.grad is not None)])  # fmt: skip
+    for left, right in zip(*found, strict=True):
+        assert (left - right).norm() <= 1e-5 * right.norm() + 1e-7
+    parts, whole = seen[1 : seen.index(0, 1)], seen[seen.index(0, 1) + 1 :]
+    assert len(parts) == 5 and len(whole) == 2 and sum(parts) < 0.9 * sum(whole)
 
 
 @pytest.mark.parametrize("name", CACHED)

@@ -95,7 +95,7 @@ def load(name: str | None, device: str, dtype: torch.dtype) -> tuple[nn.Module, 
     except ImportError:
         raise ValueError("transformers is not here: pip install 'structadapt[hf]'") from None
     tokenizer = AutoTokenizer.from_pretrained(name, **file)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **file)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **file)
     return model.to(device), tokenizer
 
 

@@ -110,7 +110,7 @@ class Step:
     length: float  # tokens a completion, with end-of-sequence
     truncated: float  # share of completions without end-of-sequence
     entropy: float  # of the sampling distribution, nats a token
-    kl: float  # KL(policy before this step's update || after), nats a token, first minibatch
+    kl: float  # KL(policy before this step's updates || after), nats a token, first 32 sequences
     reference_kl: float  # KL(policy || reference), nats a token, before the update; 0.0 without one
     clip_fraction: float  # of the tokens, those that the clip keeps from a gradient
     grad_norm: float  # before clipping, mean over the step's updates; 0.0 if there was none

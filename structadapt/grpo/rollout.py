@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structadapt import ops
+from structadapt.grpo import processes
 from structadapt.grpo.network import Network, innermost
 from structadapt.grpo.output_head import NotPlainError, OutputHead, draws, find_head, refuse
 
@@ -252,7 +253,9 @@ def _over_completions(
     logits = network.start(rollout.prompt, rollout.prompt_mask, share_prompts)[:, None]
     if not new.shape[1]:
         return logits
-    return torch.cat([logits, network.extend(new, mask)], 1)
+    if processes.sharded(list(model.parameters())):  # as many calls on every process
+        return torch.cat([logits, network.extend(new, mask)], 1)
+    return torch.cat([logits, network.finish(new, mask, rollout.mask[:, 1:].sum(1))], 1)
 
 
 @contextmanager
