@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -138,3 +139,16 @@ def test_the_table_is_the_committed_measurement(name):
     module = script(name)
     table = module.table(json.loads(module.RESULTS.read_text()))
     assert f"\n\n{table}\n" in (ROOT / "docs" / f"{name}.md").read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
+def test_grpo_cpu_runs(tmp_path):
+    """In a process of its own: it sets the number of threads, and TRL warns when imported."""
+    out = tmp_path / "smoke.json"
+    program = [sys.executable, ROOT / "benchmarks" / "grpo_cpu.py", "--smoke", "--out", out]
+    subprocess.run(program, check=True, capture_output=True)
+    results = json.loads(out.read_text())
+    assert [*results["timings"]] == ["ours", "ours, shared", "TRL"]
+    for (timing,) in results["timings"].values():
+        assert timing["completions"] == 8 and timing["updates"] == 1
+        assert 0 < timing["rollout"] + timing["update"] <= timing["seconds"]
