@@ -16,11 +16,12 @@ A random model would never end a completion. Here all embeddings have one coordi
 and the head's row of the end-of-sequence token reads it, so that each token ends the completion
 with a probability of about 1/16: lengths are ragged, 32 tokens at most.
 
-A round trains each of them from the same start, in random order, for one step that does not count
-and a few that do. Timed is everything from one step's end to the next one's: data, sampling,
-rewards, update. Not timed: making the model, the optimizer, the trainer. The table shows medians
-over rounds, and of the rounds' ratios to TRL the median and the 20th and 80th percentile. With one
-thread, the ratios of the process's CPU time say the same, and other programs disturb them less.
+A round has a seed of its own, and trains each of them from the same start, in random order, for one
+step that does not count and a few that do. Timed is everything from one step's end to the next
+one's: data, sampling, rewards, update. Not timed: making the model, the optimizer, the trainer. The
+table shows medians over rounds, and of the rounds' ratios to TRL the median and the 20th and 80th
+percentile. With one thread, the ratios of the process's CPU time say the same, and other programs
+disturb them less.
 
 rollout   Sampling and rewards.
 update    Log-probabilities, loss, backward, clipping, optimizer; here also the KL after it.
@@ -29,6 +30,7 @@ rest      What lies between.
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -240,7 +242,7 @@ def trl(case: Case, folder: Path) -> Timing:
 
 def watched_trainer() -> Any:
     """GRPOTrainer with a clock: what it does is its own."""
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     class Clock(TrainerCallback):
@@ -259,6 +261,7 @@ def watched_trainer() -> Any:
         def __init__(self, **options: Any) -> None:
             self.clock = Clock()
             super().__init__(**options, callbacks=[self.clock])
+            self.remove_callback(PrinterCallback)
             self.rollouts: list[tuple[float, int, int]] = []
 
         def training_step(self, *arguments: Any, **options: Any) -> Any:
@@ -311,7 +314,8 @@ def measure(case: Case, shared: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(case.rounds):
             for name in rng.sample([*CONTESTANTS], len(CONTESTANTS)):
-                timings[name].append(CONTESTANTS[name](case, Path(scratch)))
+                seeded = replace(case, seed=case.seed + number)
+                timings[name].append(CONTESTANTS[name](seeded, Path(scratch)))
             said = ", ".join(
                 f"{name} {found[-1].completions / found[-1].seconds:.1f}"
                 for name, found in timings.items()
@@ -342,8 +346,10 @@ def check_same_work(case: Case, timings: dict[str, list[Timing]]) -> None:
         assert all(t.completions == expected for t in found), f"{name}: not {expected} completions"
         assert all(t.updates == case.steps for t in found), f"{name}: not {case.steps} updates"
         lengths[name] = sum(t.tokens for t in found) / sum(t.completions for t in found)
-    apart = max(lengths.values()) / min(lengths.values())
-    assert case.rounds < 5 or apart < 1.1, f"lengths differ: {lengths}"
+    # A length's deviation is about its mean: four deviations of the difference of two means.
+    chance = 4 * math.sqrt(2 / (case.rounds * case.steps * case.prompts_per_step * case.group_size))
+    apart = max(lengths.values()) / min(lengths.values()) - 1
+    assert apart < max(chance, 0.1) or case.rounds == 1, f"lengths differ: {lengths}"
 
 
 def ratios(results: dict[str, Any], name: str, clock: str = "seconds") -> list[float]:
