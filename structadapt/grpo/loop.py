@@ -67,10 +67,10 @@ def train(
         if it had not been stopped, with the record of the last step it had saved.
 
     Raises ValueError for no prompts, prompts of the wrong form or parameters that would train in 16
-    bits (before the first step); while
-    running, RuntimeError for too many rewards that fail, FloatingPointError for logits or a
-    gradient that is not finite (see Config.nonfinite), before the optimizer would apply it, and
-    CollapseError for an alarm with on_collapse="stop", after the step's record.
+    bits (before the first step); while running, RuntimeError for too many rewards that fail,
+    FloatingPointError for logits or a gradient that is not finite (see Config.nonfinite), before
+    the optimizer would apply it, and CollapseError for an alarm with on_collapse="stop", after the
+    step's record.
     """
     learner, sampler = prepared(
         model, optimizer, prompts, reward, config, tokenizer, rollout_context, reference, scheduler
@@ -157,14 +157,17 @@ def learn(learner: Learner, batch: Batch, step: int, rollout_seconds: float) -> 
     config, began = learner.config, time.perf_counter()
     A = objective.advantages(batch.shaped, config.advantage)
     own = batch.own
-    rollout = learner.prepare(batch.to_learn_from)
+    rollout = batch.rollout
+    if config.overlong == "mask":
+        rollout = replace(rollout, mask=rollout.mask * (~rollout.truncated).long()[:, None])
+    rollout = learner.prepare(rollout)
     positions = (own[:, None] * config.group_size + torch.arange(config.group_size)).flatten()
     every = A.flatten().to(rollout.logp.dtype)
     if config.overlong == "mask":  # what does not count teaches nothing
         taught = (positions.tolist(), rollout.mask.any(1).tolist()) if len(own) else ([], [])
         for places, counts in processes.gather(taught):
             every[places] *= torch.tensor(counts, dtype=every.dtype)
-    mine = every[positions].to(rollout.logp.device)
+    mine = every[positions]
     if not len(own):  # a sequence that does not count, for a process without a prompt
         positions, mine = torch.full((len(rollout),), len(every)), every.new_zeros(len(rollout))
     try:

@@ -169,12 +169,10 @@ def innermost(model: nn.Module) -> nn.Module:
     while True:
         parameters = inspect.signature(model.forward).parameters.values()
         opaque = all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
-        inner = getattr(model, "_orig_mod", None) or (
-            getattr(model, "module", None) if opaque else 0
-        )
-        if (
-            inner is None or inner == 0
-        ):  # a PEFT model, whose own forward does not tell of the cache
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and opaque:
+            inner = getattr(model, "module", None)
+        if inner is None:  # a PEFT model, whose own forward does not tell of the cache
             inner = getattr(model, "get_base_model", lambda: None)()
         if not isinstance(inner, nn.Module):
             return model

@@ -48,15 +48,6 @@ class Batch:
     resampled: int
     faults: int
     drawn: float  # tokens sampled on all processes, also of groups that were replaced
-    overlong: str
-
-    @property
-    def to_learn_from(self) -> Rollout:
-        rollout = self.rollout
-        if self.overlong == "mask":
-            mask = rollout.mask * (~rollout.truncated).long()[:, None]
-            rollout = replace(rollout, mask=mask)
-        return rollout
 
     def means(self) -> dict[str, float]:
         """The fields of `Step` that the rollout knows."""
@@ -126,10 +117,9 @@ class Sampler:
         return Batch(
             rollout, torch.tensor(places, dtype=torch.long), rewards,
             self._shaped(rewards, rollout, places), len(groups) - len(order), faults, drawn,
-            config.overlong,
         ), start  # fmt: skip
 
-    def _chosen(self, groups: dict[int, "Group"]) -> list[int]:
+    def _chosen(self, groups: dict[int, Group]) -> list[int]:
         """The prompts to learn from, in order."""
         if not self.config.max_resamples:
             return sorted(groups)

@@ -182,9 +182,7 @@ def lower_rates(learner: "Trial", batch: Batch, first: Try, again: Put) -> Itera
         change = (AIM * SAFE_KL / last.kl) ** (1 / power) if math.isfinite(last.kl) else 0.1
         again()
         rate = _rate(learner.optimizer)
-        rounded = float(
-            f"{rate * last.factor * change:.2g}"
-        )  # what is printed is what was measured
+        rounded = float(f"{rate * last.factor * change:.2g}")  # what is printed was measured
         now = learner.attempt(batch, rounded / rate)
         if 0 < now.kl < last.kl < math.inf:
             slope = math.log(now.kl / last.kl) / math.log(now.factor / last.factor)

@@ -42,9 +42,7 @@ def pieces(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -
     """What puts each part of the state back as it is now."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     trained = [p for p in model.parameters() if p.requires_grad]
-    apart = {
-        id(p): lambda p=p: p for p in held
-    }  # what the optimizer says of them is not their value
+    apart = {id(p): lambda p=p: p for p in held}  # their values are kept beside the optimizer
     return {
         "parameters": keep([*held, *trained], {}),
         "buffers": keep([module._buffers for module in model.modules()], {}),
