@@ -27,6 +27,7 @@ CASES = {  # name: (config, how the model is wrapped)
     "ddp": ({"minibatches": 2}, "ddp"),
     "fsdp": ({"micro_batch_size": 5, "minibatches": 2}, "fsdp"),
     "partly": ({"micro_batch_size": 2}, "partly"),  # the adapters are not sharded
+    "whole": ({}, "fsdp"),  # the base itself trains, sharded
 }  # fmt: skip
 
 
@@ -48,6 +49,8 @@ def run(name, folder=None, steps=99):
     """({parameter: value}, records) after training."""
     options, wrap = CASES[name]
     bare = wrapped = model()
+    if name == "whole":
+        bare.requires_grad_(True)
     if wrap == "ddp" and dist.is_initialized():
         wrapped = DistributedDataParallel(bare)
     if wrap in ("fsdp", "partly") and dist.is_initialized():
@@ -89,9 +92,13 @@ def main(out):
     rank, size = dist.get_rank(), dist.get_world_size()
     assert size == 2
     found = {name: run(name) for name in CASES}
-    for name in ("dapo", "fsdp"):  # stopped and gone on with
+    for name in ("dapo", "fsdp", "whole"):  # stopped and gone on with
         folder = Path(out).parent / f"states_{name}"
         run(name, folder, steps=2)
+        if name == "whole" and rank == 0:  # the second state is damaged: the first is taken
+            found_file = sorted(folder.glob("step-00000001/shards/*.distcp"))[-1]
+            found_file.write_bytes(found_file.read_bytes()[:-1])
+        dist.barrier()
         found[f"{name} resumed"] = run(name, folder)
     everyone = [None] * size
     dist.all_gather_object(everyone, found)

@@ -5,8 +5,10 @@ import copy
 import itertools
 import logging
 import math
+import random
 
 import pytest
+import safetensors.torch
 import torch
 from test_grpo_train import EOS, PROMPTS, Plain, assert_same_bits, count_fives, noise, run, state
 
@@ -186,6 +188,23 @@ def test_a_gradient_that_is_not_finite_is_left_out_or_ends_the_run(plain):
     BreaksAt(plain, 1, 2, 3)
     with pytest.raises(FloatingPointError, match="step 3"):
         run(plain, prompts=PROMPTS * 5, nonfinite="skip", max_nonfinite=3)
+
+
+def test_too_many_left_out_updates_end_the_run_and_the_minibatch_is_kept(plain, tmp_path):
+    """More than 1 % of them, once there were 100, far apart as they are."""
+    BreaksAt(plain, 3, 99)
+    rewards = random.Random(0)
+    told = r"step 99: .* not finite in head.weight \(2 of 100 updates\); stopped"
+    with pytest.raises(FloatingPointError, match=told):
+        run(
+            plain, lambda p, c: rewards.random(), [[1, 2]] * 120, nonfinite="skip",
+            prompts_per_step=1, options={"checkpoints": sa.grpo.Checkpoints(tmp_path, every=1000)},
+        )  # fmt: skip
+    (path,) = tmp_path.iterdir()
+    kept = safetensors.torch.load_file(path)
+    assert path.name == "nonfinite-step-00000099-process-0.safetensors"
+    assert kept["prompt"].tolist() == [[1, 2]] * 4
+    assert kept["advantages"].std() > 0.5 and kept["completion"].shape == kept["logp"].shape
 
 
 def test_the_guard_names_what_it_sees(plain):

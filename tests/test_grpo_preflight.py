@@ -129,13 +129,13 @@ def test_every_piece_is_needed(piece, monkeypatch):
     parts = subject(lr=0.3)
     model = parts[0]
     disturbed(model)
-    whole, put_random = undo.pieces, undo._put_random_state
+    whole, put_random = undo.pieces, undo.put_random_state
     if piece in PIECES:
         monkeypatch.setattr(undo, "pieces", lambda *a: {**whole(*a), piece: lambda: None})
     elif piece:
         monkeypatch.setattr(
-            undo, "_put_random_state",
-            lambda stored: put_random({**stored, piece: undo._random_state()[piece]}),
+            undo, "put_random_state",
+            lambda stored: put_random({**stored, piece: undo.random_state()[piece]}),
         )  # fmt: skip
 
     def reward(prompt, completion):

@@ -111,19 +111,19 @@ def test_every_piece_of_the_state_is_needed(tmp_path, monkeypatch, piece):
     whole = Run(None)
     expected = whole.records()
     Run(None, tmp_path).records(4)
-    put, put_random = resume._put, resume._put_random_state
+    put, put_random = resume._put, resume.put_random_state
     if piece in ("python", "numpy", "torch"):
 
         def forget(stored):
-            fresh = resume.unflatten(*resume.flatten(resume._random_state()))
+            fresh = resume.unflatten(*resume.flatten(resume.random_state()))
             put_random({**stored, piece: fresh[piece]})
 
-        monkeypatch.setattr(resume, "_put_random_state", forget)
+        monkeypatch.setattr(resume, "put_random_state", forget)
     elif piece != "position":
 
-        def skip(learner, guard, stored):
+        def skip(learner, guard, stored, folder):
             fresh = resume.unflatten(*resume.flatten(resume._state(learner, guard)))
-            put(learner, guard, {**stored, piece: fresh[piece]})
+            put(learner, guard, {**stored, piece: fresh[piece]}, folder)
 
         monkeypatch.setattr(resume, "_put", skip)
     second = Run(None, tmp_path)

@@ -4,6 +4,7 @@ import inspect
 import math
 import random
 import threading
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import structadapt as sa
 from structadapt import ops
 from structadapt.examples import tiny_lm
+from structadapt.grpo import network
 from structadapt.grpo.config import Config
 from structadapt.grpo.noise import uniforms
 from structadapt.grpo.output_head import find_head
@@ -166,6 +168,36 @@ def test_sharing_prompts_gives_the_same_samples_and_gradients(name):
     for left, right in zip(gradients[:3], gradients[3:], strict=True):
         for a, b in zip(left, right, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("head", ["auto", "logits"])
+def test_sequences_of_like_lengths_run_together(name, head, monkeypatch):
+    """In four groups or in one; also a single sequence, and one that counts for nothing."""
+    model, sizes = build(name), []
+    r = rollout(model, [p for p in PROMPTS for _ in range(3)], max_new_tokens=9, eos_token_ids=[])
+    lengths = torch.arange(len(r)) % 9 + 1
+    r = replace(r, mask=(torch.arange(9) < lengths[:, None]).long())
+    extend = network.Network.extend
+
+    def spy(self, ids, mask):
+        sizes.append(tuple(ids.shape))
+        return extend(self, ids, mask)
+
+    monkeypatch.setattr(network.Network, "extend", spy)
+    blank = replace(r[:5], mask=r[:5].mask.clone())
+    blank.mask[1] = 0
+    for part in (r, r[2:5], r[:1], blank):
+        found = []
+        for small in (0, 10**9):
+            monkeypatch.setattr(network, "SMALL", small)
+            logp, entropy = logprobs(model, part, 1.0, True, head)
+            loss = (logp * torch.linspace(1, 2, part.mask.numel()).view_as(logp)).sum()
+            found.append((logp, entropy, *torch.autograd.grad(loss, list(model.parameters()))))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    apart = [n * length for n, length in sizes[:4]]
+    assert sum(apart) < sizes[4][0] * sizes[4][1], "less padding runs"
 
 
 def test_a_cache_is_used(model, monkeypatch):

@@ -134,7 +134,7 @@ def script(name):
     return module
 
 
-@pytest.mark.parametrize("name", ["smollm"])
+@pytest.mark.parametrize("name", ["smollm", "grpo_cpu"])
 def test_the_table_is_the_committed_measurement(name):
     module = script(name)
     table = module.table(json.loads(module.RESULTS.read_text()))
@@ -148,7 +148,9 @@ def test_grpo_cpu_runs(tmp_path):
     program = [sys.executable, ROOT / "benchmarks" / "grpo_cpu.py", "--smoke", "--out", out]
     subprocess.run(program, check=True, capture_output=True)
     results = json.loads(out.read_text())
-    assert [*results["timings"]] == ["ours", "ours, shared", "TRL"]
-    for (timing,) in results["timings"].values():
-        assert timing["completions"] == 8 and timing["updates"] == 1
-        assert 0 < timing["rollout"] + timing["update"] <= timing["seconds"]
+    assert [*results["cases"]] == ["short prompts", "long prompts"]
+    for case in results["cases"].values():
+        assert [*case["timings"]] == ["ours", "ours, shared", "TRL"]
+        for (timing,) in case["timings"].values():
+            assert timing["completions"] == 8 and timing["updates"] == 1
+            assert 0 < timing["rollout"] + timing["update"] <= timing["seconds"]

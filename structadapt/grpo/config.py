@@ -54,7 +54,7 @@ class Config:
     seed: int = 0  # of the sampling noise
 
     nonfinite: Nonfinite = "stop"  # a NaN or Inf gradient stops the run, or its step is left out
-    max_nonfinite: int = 3  # left out in a row before the run stops all the same
+    max_nonfinite: int = 3  # left out in a row, or 1 % of 100 updates: the run stops all the same
     on_collapse: OnCollapse = "warn"  # what an alarm of the guard does (see `Guard`)
 
     def __post_init__(self) -> None:
@@ -112,7 +112,7 @@ class Step:
     length: float  # tokens a completion, with end-of-sequence
     truncated: float  # share of completions without end-of-sequence
     entropy: float  # of the sampling distribution, nats a token
-    kl: float  # KL(policy before this step's update || after), nats a token, first minibatch
+    kl: float  # KL(policy before this step's updates || after), nats a token, first 32 sequences
     reference_kl: float  # KL(policy || reference), nats a token, before the update; 0.0 without one
     clip_fraction: float  # of the tokens, those that the clip keeps from a gradient
     grad_norm: float  # before clipping, mean over the step's updates; 0.0 if there was none

@@ -21,7 +21,7 @@ from structadapt.grpo.guard import CollapseError, Guard
 from structadapt.grpo.resume import Checkpoints
 from structadapt.grpo.rewards import Prompt, Reward, record, with_meta
 from structadapt.grpo.sampling import Batch, Sampler
-from structadapt.grpo.update import Context, Learner, names_of
+from structadapt.grpo.update import Context, Learner, NonfiniteGradientError, names_of
 
 L = TypeVar("L", bound=Learner)
 
@@ -69,8 +69,8 @@ def train(
     Raises ValueError for no prompts, prompts of the wrong form or parameters that would train in 16
     bits (before the first step); while running, RuntimeError for too many rewards that fail,
     FloatingPointError for logits or a gradient that is not finite (see Config.nonfinite), before
-    the optimizer would apply it, and CollapseError for an alarm with on_collapse="stop", after the
-    step's record.
+    the optimizer would apply it (that minibatch is kept with the states), and CollapseError for an
+    alarm with on_collapse="stop", after the step's record.
     """
     learner, sampler = prepared(
         model, optimizer, prompts, reward, config, tokenizer, rollout_context, reference, scheduler
@@ -134,7 +134,12 @@ def _steps(
         began = time.perf_counter()
         batch, start = sampler.collect(step, start)
         sampled = time.perf_counter()
-        record = learn(learner, batch, step, sampled - began)
+        try:
+            record = learn(learner, batch, step, sampled - began)
+        except NonfiniteGradientError as error:
+            if checkpoints is not None:
+                checkpoints.keep_batch(step, error.rollout, error.advantages)
+            raise
         record = replace(record, prompts=start)
         record = replace(record, alarms=guard.look(record))
         if checkpoints is not None:
@@ -172,10 +177,9 @@ def learn(learner: Learner, batch: Batch, step: int, rollout_seconds: float) -> 
         positions, mine = torch.full((len(rollout),), len(every)), every.new_zeros(len(rollout))
     try:
         update = learner.update(rollout, mine.to(rollout.logp.device), positions, every)
-    except FloatingPointError as error:
-        raise FloatingPointError(
-            f"step {step}: {error}; stopped before this optimizer step"
-        ) from None
+    except NonfiniteGradientError as error:
+        error.args = (f"step {step}: {error}; stopped before this optimizer step",)
+        raise
     seconds = time.perf_counter() - began
     rewards = batch.rewards
     return Step(

@@ -10,6 +10,7 @@ mask may be called attention_mask, and position_ids positions; other names go by
 logits (N, L, V); ids and position_ids (N, L) int64; mask (N, L) int64, 1 where there is a token.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from structadapt.grpo.output_head import OutputHead
 
 MASK_NAMES, POSITION_NAMES = ("attention_mask", "mask"), ("position_ids", "positions")
 CACHE_NAMES = ("past_key_values", "cache")
+
+PARTS, SMALL = 4, 512  # of `finish`: its groups, and how many tokens are not worth them
 
 
 class Network:
@@ -99,6 +102,24 @@ class Network:
         out, logits = self._call(ids, mask, positions, **cache)
         self.cache = _cache(out, self.cache_name)
         return logits
+
+    def finish(self, ids: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+        """`extend` for the last time, by the first `lengths` (N,) tokens of each; 0 behind them.
+
+        Sequences of like lengths go together, so that most of the padding is not run.
+        """
+        N, L = ids.shape
+        if self.ids is not None or not _is_plain(self.cache) or N * L < SMALL:
+            return self.extend(ids, mask)
+        order, past = lengths.argsort(descending=True), mask.shape[1] - L
+        found = []
+        for rows in order.tensor_split(min(PARTS, N)):
+            width = max(int(lengths[rows].amax()), 1)
+            part = copy.copy(self)
+            part.cache = _take_rows(_apart(self.cache), rows)
+            out = part.extend(ids[rows, :width], mask[rows, : past + width])
+            found.append(F.pad(out, (0, 0, 0, L - width)))
+        return torch.cat(found)[order.argsort()]
 
     def keep(self, rows: Tensor, columns: int) -> None:
         """Go on with these sequences, without their first `columns` tokens, which are padding."""
@@ -195,6 +216,15 @@ def _take_rows(cache: Any, rows: Tensor) -> Any:
         cache.batch_select_indices(rows)
         return cache
     return [(keys[rows], values[rows]) for keys, values in cache]
+
+
+def _apart(cache: Any) -> Any:
+    """The same keys and values in a cache that may be changed by itself."""
+    if not hasattr(cache, "layers"):
+        return cache  # pairs are never written into
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
 
 
 def _is_plain(cache: Any) -> bool:

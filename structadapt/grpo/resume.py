@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor
 
 from structadapt.files import whole_folder, write_atomically
-from structadapt.grpo import processes
+from structadapt.grpo import processes, sharded
 from structadapt.grpo.config import Step
 from structadapt.grpo.guard import Guard
+from structadapt.grpo.nested import flatten, unflatten
 from structadapt.grpo.rewards import Record
+from structadapt.grpo.rollout import Rollout
 from structadapt.grpo.update import Learner
 
 TENSORS, STATE, FINISHED = "tensors.safetensors", "state.json", "finished"
@@ -36,7 +39,9 @@ class Checkpoints:
     position and the random number generators of Python, NumPy and torch. (The sampler has none: its
     noise is keyed by what it is for.) Frozen weights are not in it; a fingerprint of them is. It is
     written beside its place and moved there when all of it is on the disk, and older ones go only
-    then; a state whose content does not match its hash is passed over.
+    then; a state whose content does not match its hash is passed over. What is sharded over the
+    processes (DTensors) is written by each of them, with torch.distributed.checkpoint: never whole
+    in one place.
     """
 
     folder: Path
@@ -54,30 +59,40 @@ class Checkpoints:
         if not last and (step.step + 1) % self.every:
             return
         state, tensors = flatten(_state(learner, guard))
-        random_states = processes.gather(_random_state())
-        identity = identify(learner, guard, records)
+        random_states = processes.gather(random_state())
+        known = {"identity": identify(learner, guard, records), "state": state}
+        shards = {n: tensors.pop(n) for n in [*tensors] if sharded.is_sharded(tensors[n])}
+        with ExitStack() as unfinished:
+            new = processes.whole(lambda: learner.rank or self._begin(step, unfinished))
+            new = processes.gather(new)[0]
+            if shards:
+                known["shards"] = sharded.write(shards, new / sharded.FOLDER)
 
-        def write() -> None:
-            if learner.rank == 0:
-                self._write(step, {"identity": identity, "state": state}, tensors, random_states)
+            def finish() -> None:
+                if learner.rank == 0:
+                    _write(new, step, known, tensors, random_states)
+                    unfinished.close()
+                    self._prune(f"step-{step.step:08}")
 
-        processes.whole(write)
+            processes.whole(finish)
 
-    def _write(
-        self, step: Step, known: dict[str, Any], tensors: dict[str, Tensor],
-        random_states: list[Any],
-    ) -> None:  # fmt: skip
-        generators, more = flatten(random_states, "random")
-        data = safetensors.torch.save({k: t.contiguous() for k, t in (tensors | more).items()})
-        content = {
-            "step": asdict(step), **known, "random": generators,
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }  # fmt: skip
+    def _begin(self, step: Step, unfinished: ExitStack) -> Path:
+        """A folder beside the state's place, which it takes when `unfinished` is closed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with whole_folder(self.folder / f"step-{step.step:08}", lambda name: True) as new:
-            (new / TENSORS).write_bytes(data)
-            (new / STATE).write_text(json.dumps(content))
-        self._prune(f"step-{step.step:08}")
+        target = self.folder / f"step-{step.step:08}"
+        return unfinished.enter_context(whole_folder(target, lambda name: True))
+
+    def keep_batch(self, step: int, rollout: Rollout, advantages: Tensor) -> None:
+        """Write the minibatch whose gradient was not finite, to look at: every field of `Rollout`
+        that it has, and the advantages, in a safetensors file of each process."""
+        fields = {k: v for k, v in vars(rollout).items() if v is not None}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in fields.items()}
+        tensors["advantages"] = advantages.detach().cpu().contiguous()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rank = processes.rank_and_size()[0]
+        path = self.folder / f"nonfinite-step-{step:08}-process-{rank}.safetensors"
+        write_atomically(path, safetensors.torch.save(tensors))
+        logger.error("the minibatch whose gradient is not finite is in %s", path)
 
     def _prune(self, newest: str) -> None:
         """Remove old states, and damaged ones after the newest; the newest without an alarm stays,
@@ -114,19 +129,20 @@ class Checkpoints:
         """
         if (self.folder / FINISHED).exists():
             raise ValueError(f"the run in {self.folder} is finished: give another folder")
-        found = next((f for f in map(_read, self._states()) if f is not None), None)
-        steps = processes.gather(None if found is None else found[0]["step"]["step"])
-        if any(step != steps[0] for step in steps):
+        states = self._states()
+        seen = processes.gather([folder.name for folder in states])
+        if any(names != seen[0] for names in seen):
             raise ValueError(
-                f"the processes find different states in {self.folder} (steps {steps}): it has to "
-                "be one folder that all of them see"
+                f"the processes find different states in {self.folder} ({seen}): it has to be one "
+                "folder that all of them see"
             )
+        found = next((pair for pair in map(_read, states) if pair is not None), None)
         if learner.rank == 0 and self.folder.is_dir():
             for unfinished in self.folder.glob(".step-*"):  # of a save that was killed
                 shutil.rmtree(unfinished, ignore_errors=True)
         if found is None:
             return None
-        content, tensors = found
+        content, tensors, folder = found
         here = json.loads(json.dumps(identify(learner, guard, records)))
         stored = content["identity"]
         other = [name for name in here if stored.get(name) != here[name]]
@@ -136,24 +152,42 @@ class Checkpoints:
                 f"the run in {self.folder} is another one: its {name} is "
                 f"{_short(stored.get(name))}, and here {_short(here[name])}"
             )
-        _put(learner, guard, unflatten(content["state"], tensors))
-        _put_random_state(unflatten(content["random"], tensors)[learner.rank])
+        _put(learner, guard, unflatten(content["state"], tensors), folder / sharded.FOLDER)
+        put_random_state(unflatten(content["random"], tensors)[learner.rank])
         step = content["step"]
         return Step(**{**step, "alarms": tuple(step["alarms"])})
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """A state, or None for one that is not whole."""
+def _write(
+    new: Path, step: Step, known: dict[str, Any], tensors: dict[str, Tensor],
+    random_states: list[Any],
+) -> None:  # fmt: skip
+    generators, more = flatten(random_states, "random")
+    data = safetensors.torch.save({k: t.contiguous() for k, t in (tensors | more).items()})
+    content = {
+        "step": asdict(step), **known, "random": generators,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }  # fmt: skip
+    (new / TENSORS).write_bytes(data)
+    (new / STATE).write_text(json.dumps(content))
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path] | None:
+    """A state, or None for one that is not whole for every process."""
+    found, reason = None, ""
     try:
         content = json.loads((folder / STATE).read_text())
         data = (folder / TENSORS).read_bytes()
     except (OSError, ValueError) as error:
-        logger.warning("%s is damaged, and passed over: %s", folder, error)
+        reason = f": {error}"
+    else:
+        good = hashlib.sha256(data).hexdigest() == content.get("sha256")
+        if good and sharded.is_whole(folder / sharded.FOLDER, content.get("shards", {})):
+            found = content, safetensors.torch.load(data), folder
+    if processes.any_of(found is None):
+        logger.warning("%s is damaged, and passed over%s", folder, reason)
         return None
-    if hashlib.sha256(data).hexdigest() != content.get("sha256"):
-        logger.warning("%s is damaged, and passed over", folder)
-        return None
-    return content, safetensors.torch.load(data)
+    return found
 
 
 def _is_good(folder: Path) -> bool:
@@ -204,39 +238,43 @@ def _state(learner: Learner, guard: Guard) -> dict[str, Any]:
         "buffers": dict(learner.model.named_buffers()),
         "optimizer": learner.optimizer.state_dict(),
         "scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
-        "nonfinite": learner.nonfinite,
+        "nonfinite": [learner.nonfinite, learner.left_out, learner.attempts],
         "guard": {"equal": guard.equal, "lengths": guard.lengths},
     }
 
 
 @torch.no_grad()
-def _put(learner: Learner, guard: Guard, state: dict[str, Any]) -> None:
+def _put(learner: Learner, guard: Guard, state: dict[str, Any], folder: Path) -> None:
+    """folder: of the sharded tensors."""
+    shards: dict[str, Tensor] = {}
     targets = learner.parameters | dict(learner.model.named_buffers())
-    for name, value in (state["parameters"] | state["buffers"]).items():
-        targets[name].copy_(_like(targets[name], value))
+    new = {n: _like(targets[n], value, shards)
+           for n, value in (state["parameters"] | state["buffers"]).items()}  # fmt: skip
     optimizer = state["optimizer"]
     held = list(learner.parameters.values())
     for index, values in optimizer["state"].items():
         for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape == held[index].shape:
-                values[name] = _like(held[index], value)
+            values[name] = _like(held[index], value, shards)
+    if shards:
+        sharded.read(shards, folder)
+    for name, value in new.items():
+        targets[name].copy_(value)
     learner.optimizer.load_state_dict(optimizer)
     if state["scheduler"] is not None:
         learner.scheduler.load_state_dict(state["scheduler"])
-    learner.nonfinite = state["nonfinite"]
+    learner.nonfinite, learner.left_out, learner.attempts = state["nonfinite"]
     vars(guard).update(state["guard"])
 
 
-def _like(target: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor, sharded as the target is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor  # its import is felt
-
-    if not isinstance(target, DTensor):
+def _like(target: Tensor, value: Any, shards: dict[str, Tensor]) -> Any:
+    """What `target` is filled with: a sharded tensor is empty, and stands in `shards`."""
+    if not isinstance(value, sharded.Sharded):
         return value
-    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    shards[value.name] = torch.empty_like(target, dtype=value.dtype)
+    return shards[value.name]
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     name, keys, *rest = np.random.get_state()
     return {
@@ -247,7 +285,7 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _put_random_state(state: dict[str, Any]) -> None:
+def put_random_state(state: dict[str, Any]) -> None:
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["numpy"]
@@ -255,41 +293,6 @@ def _put_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-# -- nested values as JSON and tensors -------------------------------------------------------------
-
-
-def flatten(value: Any, prefix: str = "t") -> tuple[Any, dict[str, Tensor]]:
-    """(what JSON can hold, tensors by name) of nested dicts, lists and tensors."""
-    tensors: dict[str, Tensor] = {}
-
-    def visit(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            whole = getattr(value, "full_tensor", lambda: value)()
-            name = f"{prefix}{len(tensors)}"
-            tensors[name] = whole.detach().cpu().clone()
-            return {"tensor": name}
-        if isinstance(value, dict):
-            return {"dict": [[visit(k), visit(v)] for k, v in value.items()]}
-        if isinstance(value, list | tuple):
-            return [visit(v) for v in value]
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        raise TypeError(f"a {type(value).__name__} in the state of a run cannot be kept: {value!r}")
-
-    return visit(value), tensors
-
-
-def unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `flatten` took; tuples come back as lists."""
-    if isinstance(value, list):
-        return [unflatten(v, tensors) for v in value]
-    if isinstance(value, dict) and "tensor" in value:
-        return tensors[value["tensor"]]
-    if isinstance(value, dict):
-        return {unflatten(k, tensors): unflatten(v, tensors) for k, v in value["dict"]}
-    return value
 
 
 def _short(value: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structadapt import ops
+from structadapt.grpo import processes
 from structadapt.grpo.in_flight import InFlight, wide
 from structadapt.grpo.network import Network, innermost
 from structadapt.grpo.output_head import NotPlainError, OutputHead, draws, find_head, refuse
@@ -144,9 +145,9 @@ def logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every completion token, (N, T) each, in nats.
 
-    The same temperature as in sampling; fp32 softmax; the entropy carries no gradient. Values
-    where the mask is 0 mean nothing. share_prompts: as for `generate`; the gradient then goes
-    through the cache, which must not be detached from the graph.
+    The same temperature as in sampling; fp32 softmax; the entropy carries no gradient. 0 where the
+    mask is 0. share_prompts: as for `generate`; the gradient then goes through the cache, which
+    must not be detached from the graph.
     head: "auto" works from the hidden states before the output head, where that is a plain linear
     layer (see `output_head`): the logits (N, L, V) are then never made, nor rounded to bf16.
     "logits" always makes them.
@@ -162,14 +163,20 @@ def logprobs(
             reason = error
             again()
         else:
+            real = rollout.mask.flatten().nonzero()[:, 0]  # no product is taken over padding
+            ids = rollout.completion.flatten()[real]
             with ops.no_autocast(hidden.device):  # hidden has the dtype of the autocast it ran in
-                return ops.head_logprobs(
-                    hidden, linear.weight, linear.bias, rollout.completion, temperature
-                )
+                hidden = hidden.flatten(0, 1).index_select(0, real)
+                found = ops.head_logprobs(hidden, linear.weight, linear.bias, ids, temperature)
+            blank = [t.new_zeros(rollout.mask.numel()) for t in found]
+            logp, entropy = (z.index_copy(0, real, t) for z, t in zip(blank, found, strict=True))
+            return logp.view_as(rollout.mask), entropy.view_as(rollout.mask)
     logits = _over_completions(model, rollout, share_prompts)
     if reason is not None:  # and it was not the model itself that failed
         refuse(model, reason)
-    return ops.token_logprobs(logits, rollout.completion, temperature)
+    logp, entropy = ops.token_logprobs(logits, rollout.completion, temperature)
+    on = rollout.mask.bool()
+    return torch.where(on, logp, 0.0), torch.where(on, entropy, 0.0)
 
 
 def _over_completions(
@@ -185,19 +192,31 @@ def _over_completions(
     logits = network.start(rollout.prompt, rollout.prompt_mask, share_prompts)[:, None]
     if not new.shape[1]:
         return logits
-    return torch.cat([logits, network.extend(new, mask)], 1)
+    if processes.sharded(list(model.parameters())):  # as many calls on every process
+        return torch.cat([logits, network.extend(new, mask)], 1)
+    return torch.cat([logits, network.finish(new, mask, rollout.mask[:, 1:].sum(1))], 1)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, then every module's own mode again."""
-    modes = {module: module.training for module in model.modules()}
+    put_back = modes(model)
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes.items():
+        put_back()
+
+
+def modes(model: nn.Module) -> Callable[[], None]:
+    """What puts every module's mode back as it is now."""
+    kept = {module: module.training for module in model.modules()}
+
+    def put_back() -> None:
+        for module, training in kept.items():
             module.training = training
+
+    return put_back
 
 
 def _pad_left(

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from structadapt.grpo import objective
 from structadapt.grpo.config import Config
@@ -228,8 +228,8 @@ class Trial(Learner):
         self.rollout = super().prepare(rollout)
         return self.rollout
 
-    def _step(self) -> float | None:
-        norm = super()._step()
+    def _step(self, rollout: Rollout, A: Tensor) -> float | None:
+        norm = super()._step(rollout, A)
         self.updates += norm is not None
         if norm is not None and self.first is None:
             self.first = self._kl_after(self.rollout)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structadapt.grpo.resume import _put_random_state, _random_state
+from structadapt.grpo.resume import put_random_state, random_state
+from structadapt.grpo.rollout import modes
 
 Put = Callable[[], Any]
 
@@ -49,7 +50,7 @@ def pieces(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -
         "optimizer": keep(vars(optimizer), apart),
         "scheduler": _schedule(scheduler),
         "gradients": _gradients([*held, *model.parameters()]),
-        "modes": _modes(model),
+        "modes": modes(model),
         "generators": generators(),
     }
 
@@ -71,20 +72,10 @@ def _gradients(parameters: list[nn.Parameter]) -> Put:
     return put
 
 
-def _modes(model: nn.Module) -> Put:
-    modes = {module: module.training for module in model.modules()}
-
-    def put() -> None:
-        for module, training in modes.items():
-            module.training = training
-
-    return put
-
-
 def generators() -> Put:
     """What puts the random number generators back as they are now."""
-    state = _random_state()
-    return lambda: _put_random_state(state)
+    state = random_state()
+    return lambda: put_random_state(state)
 
 
 # -- nested values ---------------------------------------------------------------------------------

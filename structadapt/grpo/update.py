@@ -19,6 +19,20 @@ from structadapt.grpo.rollout import Rollout, evaluating, logprobs
 logger = logging.getLogger("structadapt")
 Context = Callable[[], AbstractContextManager[Any]]
 
+KL_SEQUENCES = 32  # that the KL after the update is measured on
+MAX_NONFINITE_SHARE = 0.01  # of the updates, once there were 100
+
+
+class NonfiniteGradientError(FloatingPointError):
+    """A gradient is not finite, and no step was taken with it.
+
+    rollout, advantages: this process's part of the minibatch that gave it.
+    """
+
+    def __init__(self, message: str, rollout: Rollout, advantages: Tensor) -> None:
+        super().__init__(message)
+        self.rollout, self.advantages = rollout, advantages
+
 
 @dataclass
 class Gaps:
@@ -61,6 +75,8 @@ class Learner:
     reference: Context | None = None  # within it the model is the reference policy
     parameters: dict[str, nn.Parameter] = field(init=False)  # what the optimizer holds, by name
     nonfinite: int = 0  # updates left out in a row
+    left_out: int = 0  # in all
+    attempts: int = 0  # updates, with those that were left out
 
     def __post_init__(self) -> None:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -108,7 +124,7 @@ class Learner:
                 if not every[start:end].any() and not config.kl_coef:
                     continue
                 clipped += self._accumulate(rollout[rows], A[rows])
-                norm = self._step()
+                norm = self._step(rollout[rows], A[rows])
                 norms += [] if norm is None else [norm]
                 skipped += norm is None
         if not self.gaps.known:  # nothing was learned, and nothing measured on the way
@@ -117,7 +133,7 @@ class Learner:
         tokens = processes.total([rollout.mask.sum().item()])[0]
         return {
             **self.gaps.means(),
-            "kl": self._kl_after(rollout[local[0]]) if norms else 0.0,
+            "kl": self._kl_after(rollout[self._first(positions, edges[1])]) if norms else 0.0,
             "clip_fraction": processes.total([clipped])[0] / max(tokens * config.epochs, 1),
             "grad_norm": sum(norms) / max(len(norms), 1),
             "updates": len(norms),
@@ -165,11 +181,13 @@ class Learner:
         for _ in range(missing):
             yield self.blank, A.new_zeros(1)
 
-    def _step(self) -> float | None:
+    def _step(self, rollout: Rollout, A: Tensor) -> float | None:
         """One optimizer step; the norm of the gradient, or None if it was not finite.
 
-        Raises FloatingPointError by the config's policy, before the step.
+        Raises NonfiniteGradientError by the config's policy, before the step; the arguments are
+        for it.
         """
+        self.attempts += 1
         parameters = list(self.parameters.values())
         whole = utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = float(getattr(whole, "full_tensor", lambda: whole)())
@@ -179,10 +197,13 @@ class Learner:
             bad = [*dict.fromkeys(n for names in processes.gather(own) for n in names)]
             self.model.zero_grad()
             self.nonfinite += 1
-            if self.config.nonfinite == "stop" or self.nonfinite >= self.config.max_nonfinite:
-                raise FloatingPointError(
-                    f"the gradient norm is {norm}: not finite in {names_of(bad)}"
-                )
+            self.left_out += 1
+            often = self.left_out > MAX_NONFINITE_SHARE * self.attempts and self.attempts >= 100
+            in_a_row = self.nonfinite >= self.config.max_nonfinite
+            if self.config.nonfinite == "stop" or in_a_row or often:
+                count = f" ({self.left_out} of {self.attempts} updates)" if often else ""
+                message = f"the gradient norm is {norm}: not finite in {names_of(bad)}{count}"
+                raise NonfiniteGradientError(message, rollout, A)
             logger.warning("an update is left out: its gradient is not finite in %s", names_of(bad))
             return None
         self.nonfinite = 0
@@ -210,6 +231,12 @@ class Learner:
                 if i < len(places):
                     found[places[i], : logp.shape[1]] = torch.where(part.mask.bool(), logp, 0.0)
         return found
+
+    @staticmethod
+    def _first(positions: Tensor, end: int) -> slice:
+        """This process's part of the rollout's first sequences, whatever the number of processes.
+        All of a large minibatch would cost a third of its update."""
+        return slice(0, int(torch.searchsorted(positions, min(end, KL_SEQUENCES))))
 
     def _kl_after(self, rollout: Rollout) -> float:
         """KL(policy before the update || now), nats a token of the rollout."""
