@@ -1,6 +1,6 @@
 """GRPO here and in TRL's GRPOTrainer on a CPU: completions a second, and where the time goes.
 
-    python benchmarks/grpo_cpu.py            about six minutes; writes the JSON
+    python benchmarks/grpo_cpu.py            about ten minutes; writes the JSON
     python benchmarks/grpo_cpu.py --smoke    one round of a tiny model, to see that it runs
     python benchmarks/grpo_cpu.py --table    the table of docs/grpo_cpu.md from the JSON
 
@@ -11,6 +11,9 @@ AdamW and number of updates, one for each batch of completions; beta is 0, nothi
 ours            `structadapt.grpo.train` on a transformers model, its options at their defaults
 ours, shared    with share_prompts=True: a prompt runs once for its group
 TRL             `GRPOTrainer`, generation by transformers; gradient checkpointing off
+
+Two cases: prompts of 24 to 40 tokens, about twice a completion, and of 112 to 144, as with a few
+examples in the prompt.
 
 A random model would never end a completion. Here all embeddings have one coordinate in common,
 and the head's row of the end-of-sequence token reads it, so that each token ends the completion
@@ -74,7 +77,13 @@ class Case:
     seed: int = 0
 
 
-SMOKE = Case(layers=1, width=32, vocabulary=64, prompts_per_step=2, group_size=4, steps=1, rounds=1)
+CASES = {"short prompts": Case(), "long prompts": Case(prompt_tokens=(112, 144))}
+SMOKE = {
+    name: replace(
+        case, layers=1, width=32, vocabulary=64, prompts_per_step=2, group_size=4, steps=1, rounds=1
+    )
+    for name, case in CASES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ def make_model(case: Case) -> nn.Module:
         num_hidden_layers=case.layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=256,
         pad_token_id=PAD,
         eos_token_id=EOS,
         bos_token_id=None,
@@ -307,7 +316,24 @@ CONTESTANTS: dict[str, Callable[[Case, Path], Timing]] = {
 # -- the measurement -------------------------------------------------------------------------------
 
 
-def measure(case: Case, shared: bool) -> dict[str, Any]:
+def measure(cases: dict[str, Case], shared: bool) -> dict[str, Any]:
+    libraries = ("structadapt", "torch", "transformers", "trl", "accelerate")
+    return {
+        "machine": {
+            "processor": platform.machine(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "system": platform.system(),
+            "python": platform.python_version(),
+            "date": date.today().isoformat(),
+            "shared_with_other_programs": shared,
+        },
+        "versions": {name: version(name) for name in libraries},
+        "cases": {name: measure_case(name, case) for name, case in cases.items()},
+    }
+
+
+def measure_case(label: str, case: Case) -> dict[str, Any]:
     torch.set_num_threads(case.threads)
     rng = random.Random(case.seed)
     timings: dict[str, list[Timing]] = {name: [] for name in CONTESTANTS}
@@ -320,20 +346,12 @@ def measure(case: Case, shared: bool) -> dict[str, Any]:
                 f"{name} {found[-1].completions / found[-1].seconds:.1f}"
                 for name, found in timings.items()
             )
-            print(f"round {number + 1}, completions/s: {said}", file=sys.stderr, flush=True)
+            print(
+                f"{label}, round {number + 1}, completions/s: {said}", file=sys.stderr, flush=True
+            )
     check_same_work(case, timings)
-    libraries = ("structadapt", "torch", "transformers", "trl", "accelerate")
     return {
         "case": asdict(case),
-        "machine": {
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "system": platform.system(),
-            "python": platform.python_version(),
-            "date": date.today().isoformat(),
-            "shared_with_other_programs": shared,
-        },
-        "versions": {name: version(name) for name in libraries},
         "timings": {name: [asdict(t) for t in found] for name, found in timings.items()},
     }
 
@@ -373,28 +391,32 @@ def percentile(ordered: list[float], share: float) -> float:
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "|  | completions/s | tokens/s | times TRL (p20–p80) "
+        "| case | trained by | completions/s | tokens/s | times TRL (p20–p80) "
         "| by CPU time | rollout, ms a step | update | rest |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    steps = results["case"]["steps"]
-    for name, found in results["timings"].items():
-        timings = [Timing(**t) for t in found]
-
-        def middle(value: Callable[[Timing], float], timings: list[Timing] = timings) -> float:
-            return statistics.median(map(value, timings))
-
-        split = [
-            f"{middle(part) / steps * 1e3:.0f}"
-            for part in (lambda t: t.rollout, lambda t: t.update, lambda t: t.rest)
-        ]
-        lines.append(
-            f"| {name} | {middle(lambda t: t.completions / t.seconds):.0f} "
-            f"| {middle(lambda t: t.tokens / t.seconds):,.0f} "
-            f"| {times(results, name, 'seconds')} | {times(results, name, 'cpu_seconds')} "
-            f"| {' | '.join(split)} |"
-        )
+    for case, found in results["cases"].items():
+        lines += [row(case, name, found) for name in found["timings"]]
     return "\n".join(lines)
+
+
+def row(case: str, name: str, results: dict[str, Any]) -> str:
+    steps = results["case"]["steps"]
+    timings = [Timing(**t) for t in results["timings"][name]]
+
+    def middle(value: Callable[[Timing], float]) -> float:
+        return statistics.median(map(value, timings))
+
+    split = [
+        f"{middle(part) / steps * 1e3:.0f}"
+        for part in (lambda t: t.rollout, lambda t: t.update, lambda t: t.rest)
+    ]
+    return (
+        f"| {case} | {name} | {middle(lambda t: t.completions / t.seconds):.0f} "
+        f"| {middle(lambda t: t.tokens / t.seconds):,.0f} "
+        f"| {times(results, name, 'seconds')} | {times(results, name, 'cpu_seconds')} "
+        f"| {' | '.join(split)} |"
+    )
 
 
 def main() -> None:
@@ -409,8 +431,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS.name}")
     options = parser.parse_args()
     if not options.table:
-        case = replace(Case(), rounds=options.rounds, threads=options.threads)
-        results = measure(SMOKE if options.smoke else case, options.shared)
+        cases = (
+            SMOKE
+            if options.smoke
+            else {
+                name: replace(case, rounds=options.rounds, threads=options.threads)
+                for name, case in CASES.items()
+            }
+        )
+        results = measure(cases, options.shared)
         if not options.smoke or options.out != RESULTS:
             options.out.write_text(json.dumps(results, indent=1) + "\n")
         print(table(results))

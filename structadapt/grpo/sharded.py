@@ -31,9 +31,9 @@ def is_sharded(value: Any) -> bool:
 def write(tensors: dict[str, Tensor], folder: Path) -> dict[str, str]:
     """Write every process's part to an empty folder that all of them see; {file: sha256} of all
     files. All processes call this together."""
-    import torch.distributed.checkpoint as dcp  # its import is felt
+    from torch.distributed.checkpoint.state_dict_saver import save  # its import is felt
 
-    dcp.save(tensors, checkpoint_id=folder, no_dist=processes.rank_and_size()[1] == 1)
+    save(tensors, checkpoint_id=folder, no_dist=processes.rank_and_size()[1] == 1)
     rank, size = processes.rank_and_size()
     own = {p.name: _digest(p) for p in sorted(folder.iterdir())[rank::size]}
     return {name: digest for some in processes.gather(own) for name, digest in some.items()}
@@ -51,9 +51,9 @@ def is_whole(folder: Path, digests: Mapping[str, str]) -> bool:
 
 def read(tensors: dict[str, Tensor], folder: Path) -> None:
     """Fill DTensors with what was written, however it was sharded then. A collective call."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    dcp.load(tensors, checkpoint_id=folder, no_dist=processes.rank_and_size()[1] == 1)
+    load(tensors, checkpoint_id=folder, no_dist=processes.rank_and_size()[1] == 1)
 
 
 def _digest(path: Path) -> str:
