@@ -1,0 +1,168 @@
+"""What the monitor says of GRPO runs, and when, beside the step at which the reward died.
+
+    python benchmarks/monitor_table.py               every run; those already in the JSON are kept
+    python benchmarks/monitor_table.py --limit 1     at most one run more, for a busy machine
+    python benchmarks/monitor_table.py --smoke       a tiny run of two settings, in seconds
+    python benchmarks/monitor_table.py --table       the table of docs/monitor.md, from the JSON
+
+A run is that of `structadapt grpo` (64 prompts x 8 completions a step, four updates a step, AdamW,
+rate falling linearly to 0) with 4096 prompts: 64 steps. Its JSON row holds what the monitor measured
+of every layer after every step; states come from it by `spectra.states`, so that other thresholds
+can be tried without another run. The reward died at the step from which on it stays below a tenth of
+what it was at step 0 (at least three steps to the end). A run whose rewards were all equal for
+eight steps in a row is stopped there.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import random
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+import structadapt as sa
+from structadapt.adapters import Adapter
+from structadapt.examples import tiny_lm
+from structadapt.examples.grpo import collapsed_at
+from structadapt.files import write_atomically
+from structadapt.spectra import updates
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "monitor.json"
+SETTINGS: dict[str, tuple[Adapter | None, float]] = {
+    "LoRA r=8, lr 2e-3": (sa.LoRA(8, 16.0), 2e-3),
+    "LoRA r=256, lr 2e-3": (sa.LoRA(256, 512.0), 2e-3),
+    "DoRA r=16, lr 2e-3": (sa.DoRA(16, 32.0), 2e-3),
+    "QuanTA, lr 2e-3": (sa.QuanTA(3), 2e-3),
+    "LoRA r=128, lr 2e-3": (sa.LoRA(128, 256.0), 2e-3),
+    "LoRA r=8, lr 2e-2": (sa.LoRA(8, 16.0), 2e-2),
+    "full, lr 3e-4": (None, 3e-4),
+    "LoRA r=1, lr 2e-3": (sa.LoRA(1, 2.0), 2e-3),
+    "QuanTA, lr 2e-2": (sa.QuanTA(3), 2e-2),
+    "LoRA r=64, alpha 16, lr 2e-3": (sa.LoRA(64, 16.0), 2e-3),
+    "full, lr 3e-3": (None, 3e-3),
+    "DoRA r=16, lr 1e-2": (sa.DoRA(16, 32.0), 1e-2),
+    "LoRA r=64, lr 2e-3": (sa.LoRA(64, 128.0), 2e-3),
+    "LoRA r=256, lr 5e-4": (sa.LoRA(256, 512.0), 5e-4),
+    "LoRA r=8, lr 6e-3": (sa.LoRA(8, 16.0), 6e-3),
+    "LoRA r=2, lr 5e-3": (sa.LoRA(2, 4.0), 5e-3),
+}
+SEEDS = (0, 1)
+PROMPTS, COLD_START = 4096, 0.2
+
+
+def config(seed: int) -> sa.grpo.Config:
+    return sa.grpo.Config(
+        eos_token_id=tiny_lm.EOS, pad_token_id=tiny_lm.EOS, minibatches=4, share_prompts=True,
+        max_new_tokens=tiny_lm.ANSWER_TOKENS, seed=seed,
+    )  # fmt: skip
+
+
+def started(seed: int, target: float, kept: Path | None) -> tiny_lm.TinyLM:
+    """The cold-started model of a seed, from a file if there is one."""
+    torch.manual_seed(seed)
+    model = tiny_lm.TinyLM()
+    path = kept and kept / f"base-{seed}.safetensors"
+    if path and path.exists():
+        model.load_state_dict(safetensors.torch.load_file(path))
+        return model
+    rng = random.Random("held out, curve")
+    held_out = list(islice(tiny_lm.problems(rng, held_out=True), 300))
+
+    def accuracy() -> float:
+        return sa.grpo.evaluate(
+            model, held_out, sa.grpo.exact_match, config(seed), seed=seed,
+            tokenizer=tiny_lm.CharTokenizer(),
+        ).mean  # fmt: skip
+
+    for _ in tiny_lm.cold_start(model, accuracy, target, seed, max_steps=400 if target else 0):
+        pass
+    if path:
+        path.write_bytes(safetensors.torch.save(model.state_dict()))
+    return model
+
+
+def measure(name: str, seed: int, base: tiny_lm.TinyLM, count: int) -> dict[str, Any]:
+    """One run, with every measure of every layer after every step."""
+    model, (adapter, lr), began = copy.deepcopy(base), SETTINGS[name], time.perf_counter()
+    if adapter is not None:
+        sa.adapt(model, adapter, seed=seed)
+    trained = list(model.parameters() if adapter is None else sa.adapter_parameters(model))
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    watched, _ = updates.find(model, snapshots=adapter is None)
+    bases = [updates.base_of(update) for update in watched]
+    norms = {u.name: b[1] for u, b in zip(watched, bases, strict=True) if b[1] is not None}
+    problems = tiny_lm.problems(random.Random(f"grpo {seed}"), held_out=False)
+    prompts = list(islice(problems, count))
+    total = sa.grpo.steps_in(count, config(seed)) * 4
+    context: dict[str, Any] = {
+        "tokenizer": tiny_lm.CharTokenizer(),
+        "scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total),
+    }
+    if adapter is not None:
+        context["rollout_context"] = lambda: sa.merged_if_exact(model)
+    steps, seen, failure = [], [], None
+    run = sa.grpo.train(model, optimizer, prompts, sa.grpo.exact_match, config(seed), **context)
+    try:
+        for step in run:
+            steps.append({"step": step.step, "reward": step.reward, "kl": step.kl})
+            table = updates.measure(watched, norms)
+            seen.append([[rounded(v) for v in row] for row in table.tolist()])
+            if any(alarm.startswith("absorbing") for alarm in step.alarms):
+                break
+    except FloatingPointError as error:
+        failure = str(error)
+    return {
+        "setting": name, "adapter": repr(adapter), "lr": lr, "seed": seed,
+        "died_at": collapsed_at(steps), "failure": failure,
+        "reward": [rounded(s["reward"]) for s in steps], "kl": [rounded(s["kl"]) for s in steps],
+        "layers": [
+            [u.name, u.shape, u.rank, rounded(b[0].frobenius), rounded(b[0].spectral)]
+            for u, b in zip(watched, bases, strict=True)
+        ],
+        "measures": seen, "seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def fill(path: Path, names: list[str], count: int, cold: float, limit: int, kept: Any) -> int:
+    """Run what is not there yet, writing after every run; how many are left."""
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    results["versions"] = versions | {"threads": torch.get_num_threads()}
+    there = {(r["setting"], r["seed"]) for r in results["runs"]}
+    cases = [(name, seed) for name in names for seed in SEEDS]
+    missing = [case for case in cases if case not in there]
+    for name, seed in missing[:limit]:
+        run = measure(name, seed, started(seed, cold, kept), count)
+        results["runs"].append(run)
+        write_atomically(path, (json.dumps(results) + "\n").encode())
+        print(f"{name}, seed {seed}: died at {run['died_at']}, last reward {run['reward'][-1]:.3f}, "
+              f"{run['seconds']} s", file=sys.stderr)  # fmt: skip
+    return max(len(missing) - limit, 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--limit", type=int, default=10**6)
+    parser.add_argument("--kept", type=Path, help="folder for the cold-started models")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    if args.smoke:
+        fill(args.out, list(SETTINGS)[:2], 128, 0.0, 2, None)
+        return
+    print("left:", fill(args.out, list(SETTINGS), PROMPTS, COLD_START, args.limit, args.kept))
+
+
+if __name__ == "__main__":
+    main()
