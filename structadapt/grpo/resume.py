@@ -19,7 +19,7 @@ from torch import Tensor
 from structadapt.files import whole_folder, write_atomically
 from structadapt.grpo import processes
 from structadapt.grpo.config import Step
-from structadapt.grpo.guard import Guard
+from structadapt.grpo.guard import Guard, Observer
 from structadapt.grpo.rewards import Record
 from structadapt.grpo.update import Learner
 
@@ -32,11 +32,11 @@ class Checkpoints:
     """A folder with the last states of a run; ValueError for `every` or `keep` below 1.
 
     A state is the folder step-N: everything that the next step depends on, that is what the
-    optimizer trains, the model's buffers, the optimizer, the scheduler, the guard, the data's
-    position and the random number generators of Python, NumPy and torch. (The sampler has none: its
-    noise is keyed by what it is for.) Frozen weights are not in it; a fingerprint of them is. It is
-    written beside its place and moved there when all of it is on the disk, and older ones go only
-    then; a state whose content does not match its hash is passed over.
+    optimizer trains, the model's buffers, the optimizer, the scheduler, the guard, what observers
+    keep, the data's position and the random number generators of Python, NumPy and torch. (The
+    sampler has none: its noise is keyed by what it is for.) Frozen weights are not in it; a
+    fingerprint of them is. It is written beside its place and moved there when all of it is on the
+    disk, and older ones go only then; a state whose content does not match its hash is passed over.
     """
 
     folder: Path
@@ -48,14 +48,15 @@ class Checkpoints:
             raise ValueError(f"every and keep must be at least 1, got {self.every}, {self.keep}")
 
     def save(
-        self, learner: Learner, guard: Guard, records: Sequence[Record], step: Step, last: bool
-    ) -> None:
+        self, learner: Learner, guard: Guard, records: Sequence[Record], step: Step, last: bool,
+        observers: Sequence[Observer] = (),
+    ) -> None:  # fmt: skip
         """Write the state after a step, if it is one of every `every` or the last."""
         if not last and (step.step + 1) % self.every:
             return
-        state, tensors = flatten(_state(learner, guard))
+        state, tensors = flatten(_state(learner, guard, observers))
         random_states = processes.gather(_random_state())
-        identity = identify(learner, guard, records)
+        identity = identify(learner, guard, records, observers)
 
         def write() -> None:
             if learner.rank == 0:
@@ -106,7 +107,10 @@ class Checkpoints:
         named = [p for p in self.folder.iterdir() if re.fullmatch(r"step-\d{8}", p.name)]
         return sorted(named, reverse=True)
 
-    def restore(self, learner: Learner, guard: Guard, records: Sequence[Record]) -> Step | None:
+    def restore(
+        self, learner: Learner, guard: Guard, records: Sequence[Record],
+        observers: Sequence[Observer] = (),
+    ) -> Step | None:  # fmt: skip
         """Put the newest whole state back; its step, or None if there is none.
 
         Every process reads it, so all have to see the folder. Raises ValueError for the state of a
@@ -127,8 +131,8 @@ class Checkpoints:
         if found is None:
             return None
         content, tensors = found
-        here = json.loads(json.dumps(identify(learner, guard, records)))
-        stored = content["identity"]
+        here = json.loads(json.dumps(identify(learner, guard, records, observers)))
+        stored = {"observers": []} | content["identity"]  # of states from before there were any
         other = [name for name in here if stored.get(name) != here[name]]
         if other:
             name = other[0]
@@ -136,7 +140,10 @@ class Checkpoints:
                 f"the run in {self.folder} is another one: its {name} is "
                 f"{_short(stored.get(name))}, and here {_short(here[name])}"
             )
-        _put(learner, guard, unflatten(content["state"], tensors))
+        state = unflatten(content["state"], tensors)
+        _put(learner, guard, state)
+        for observer, kept in zip(observers, state.get("observers", []), strict=True):
+            observer.load_state_dict(kept)
         _put_random_state(unflatten(content["random"], tensors)[learner.rank])
         step = content["step"]
         return Step(**{**step, "alarms": tuple(step["alarms"])})
@@ -166,7 +173,9 @@ def _is_good(folder: Path) -> bool:
 # -- what a run is, and its state ------------------------------------------------------------------
 
 
-def identify(learner: Learner, guard: Guard, records: Sequence[Record]) -> dict[str, Any]:
+def identify(
+    learner: Learner, guard: Guard, records: Sequence[Record], observers: Sequence[Observer] = ()
+) -> dict[str, Any]:
     """What has to be the same for a run to go on."""
     told = json.dumps([(record.ids, record.meta) for record in records], default=repr)
     prompts = hashlib.sha256(told.encode()).hexdigest()
@@ -194,10 +203,11 @@ def identify(learner: Learner, guard: Guard, records: Sequence[Record]) -> dict[
         "scheduler": type(learner.scheduler).__name__,
         "guard's limits": [guard.patience, guard.max_kl, guard.length_factor],
         "number of processes": learner.size,
+        "observers": [type(observer).__name__ for observer in observers],
     }
 
 
-def _state(learner: Learner, guard: Guard) -> dict[str, Any]:
+def _state(learner: Learner, guard: Guard, observers: Sequence[Observer] = ()) -> dict[str, Any]:
     scheduler = learner.scheduler
     return {
         "parameters": dict(learner.parameters),
@@ -206,6 +216,7 @@ def _state(learner: Learner, guard: Guard) -> dict[str, Any]:
         "scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
         "nonfinite": learner.nonfinite,
         "guard": {"equal": guard.equal, "lengths": guard.lengths},
+        "observers": [observer.state_dict() for observer in observers],
     }
 
 
