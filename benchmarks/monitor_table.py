@@ -39,18 +39,18 @@ SETTINGS: dict[str, tuple[Adapter | None, float]] = {
     "LoRA r=8, lr 2e-3": (sa.LoRA(8, 16.0), 2e-3),
     "LoRA r=256, lr 2e-3": (sa.LoRA(256, 512.0), 2e-3),
     "DoRA r=16, lr 2e-3": (sa.DoRA(16, 32.0), 2e-3),
-    "QuanTA, lr 2e-3": (sa.QuanTA(3), 2e-3),
-    "LoRA r=128, lr 2e-3": (sa.LoRA(128, 256.0), 2e-3),
     "LoRA r=8, lr 2e-2": (sa.LoRA(8, 16.0), 2e-2),
-    "full, lr 3e-4": (None, 3e-4),
-    "LoRA r=1, lr 2e-3": (sa.LoRA(1, 2.0), 2e-3),
-    "QuanTA, lr 2e-2": (sa.QuanTA(3), 2e-2),
-    "LoRA r=64, alpha 16, lr 2e-3": (sa.LoRA(64, 16.0), 2e-3),
-    "full, lr 3e-3": (None, 3e-3),
-    "DoRA r=16, lr 1e-2": (sa.DoRA(16, 32.0), 1e-2),
-    "LoRA r=64, lr 2e-3": (sa.LoRA(64, 128.0), 2e-3),
-    "LoRA r=256, lr 5e-4": (sa.LoRA(256, 512.0), 5e-4),
+    "LoRA r=128, lr 2e-3": (sa.LoRA(128, 256.0), 2e-3),
     "LoRA r=8, lr 6e-3": (sa.LoRA(8, 16.0), 6e-3),
+    "QuanTA, lr 2e-2": (sa.QuanTA(3), 2e-2),
+    "full, lr 3e-3": (None, 3e-3),
+    "LoRA r=64, lr 2e-3": (sa.LoRA(64, 128.0), 2e-3),
+    "DoRA r=16, lr 1e-2": (sa.DoRA(16, 32.0), 1e-2),
+    "LoRA r=1, lr 2e-3": (sa.LoRA(1, 2.0), 2e-3),
+    "LoRA r=256, lr 5e-4": (sa.LoRA(256, 512.0), 5e-4),
+    "full, lr 3e-4": (None, 3e-4),
+    "QuanTA, lr 2e-3": (sa.QuanTA(3), 2e-3),
+    "LoRA r=64, alpha 16, lr 2e-3": (sa.LoRA(64, 16.0), 2e-3),
     "LoRA r=2, lr 5e-3": (sa.LoRA(2, 4.0), 5e-3),
 }
 SEEDS = (0, 1)
@@ -140,7 +140,7 @@ def fill(path: Path, names: list[str], count: int, cold: float, limit: int, kept
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     results["versions"] = versions | {"threads": torch.get_num_threads()}
     there = {(r["setting"], r["seed"]) for r in results["runs"]}
-    cases = [(name, seed) for name in names for seed in SEEDS]
+    cases = [(name, seed) for seed in SEEDS for name in names]
     missing = [case for case in cases if case not in there]
     for name, seed in missing[:limit]:
         run = measure(name, seed, started(seed, cold, kept), count)
