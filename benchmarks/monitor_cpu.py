@@ -94,11 +94,20 @@ def measure(name: str, weights: dict[str, Tensor], tokens: int, rounds: int) -> 
     rows = []
     for _ in range(rounds):
         row = {"check": timed(made[0].step), "step": BLOCKS * timed(step)}
-        rows.append(row | ({"low": BLOCKS * timed(low)} if "LoRA" in name or "DoRA" in name else {}))
+        rows.append(
+            row | ({"low": BLOCKS * timed(low)} if "LoRA" in name or "DoRA" in name else {})
+        )
     found = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     ratio = statistics.median(row["check"] / row["step"] for row in rows)
-    return {"adapter": name, "modules": len(made[0].updates), "start": start, **found, "ratio": ratio,
-            "rounds": rows}  # fmt: skip
+    count = len(made[0].updates)
+    return {
+        "adapter": name,
+        "modules": count,
+        "start": start,
+        **found,
+        "ratio": ratio,
+        "rounds": rows,
+    }
 
 
 def table(results: dict[str, Any]) -> str:

@@ -6,10 +6,10 @@
     python benchmarks/monitor_table.py --table       the table of docs/monitor.md, from the JSON
 
 A run is that of `structadapt grpo` (64 prompts x 8 completions a step, four updates a step, AdamW,
-rate falling linearly to 0) with 4096 prompts: 64 steps. Its JSON row holds what the monitor measured
-of every layer after every step; states come from it by `spectra.states`, so that other thresholds
-can be tried without another run. The reward died at the step from which on it stays below a tenth of
-what it was at step 0 (at least three steps to the end). A run whose rewards were all equal for
+rate falling linearly to 0) with 4096 prompts: 64 steps. The JSON holds what the monitor measured of
+every layer after every step; states come from it by `spectra.states`, so that other thresholds can
+be tried without another run. The reward died at the step from which on it stays below a tenth of
+what it was at step 0 (more than three steps to the end). A run whose rewards were all equal for
 eight steps in a row is stopped there.
 """
 
@@ -32,7 +32,8 @@ from structadapt.adapters import Adapter
 from structadapt.examples import tiny_lm
 from structadapt.examples.grpo import collapsed_at
 from structadapt.files import write_atomically
-from structadapt.spectra import updates
+from structadapt.spectra import Thresholds, states, updates
+from structadapt.spectra.states import STATES
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "monitor.json"
 SETTINGS: dict[str, tuple[Adapter | None, float]] = {
@@ -146,9 +147,96 @@ def fill(path: Path, names: list[str], count: int, cold: float, limit: int, kept
         run = measure(name, seed, started(seed, cold, kept), count)
         results["runs"].append(run)
         write_atomically(path, (json.dumps(results) + "\n").encode())
-        print(f"{name}, seed {seed}: died at {run['died_at']}, last reward {run['reward'][-1]:.3f}, "
-              f"{run['seconds']} s", file=sys.stderr)  # fmt: skip
+        fate = f"died at {run['died_at']}, last reward {run['reward'][-1]:.3f}"
+        print(f"{name}, seed {seed}: {fate}, {run['seconds']} s", file=sys.stderr)
     return max(len(missing) - limit, 0)
+
+
+# -- what the monitor says of them -----------------------------------------------------------------
+
+
+def said(run: dict[str, Any], limits: Thresholds, every: int, reward: bool) -> list[tuple]:
+    """(step, state, evidence) of every check of a run."""
+    layers = [
+        (updates.Update(name, tuple(shape), "", rank), updates.Base(*base))
+        for name, shape, rank, *base in run["layers"]
+    ]
+    judge = states.Judge(limits, every, {update.name: 0.0 for update, _ in layers})
+    found = []
+    for step in range(every - 1, len(run["measures"]), every):
+        seen = zip(layers, run["measures"][step], strict=True)
+        rows = [states.row_of(*layer, *values) for layer, values in seen]
+        _, state, why = judge.look(rows, run["reward"][step] if reward else None)
+        found.append((step, state, why))
+    return found
+
+
+def verdict(run: dict[str, Any], limits: Thresholds, every: int = 1, reward: bool = False) -> dict:
+    """The first step of each state, the last state, and whether the alarm was right."""
+    found = said(run, limits, every, reward)
+    first = {state: next((step for step, s, _ in found if s == state), None) for state in STATES}
+    alarms = [first[state] for state in states.ALARMS if first[state] is not None]
+    last = found[-1][1] if found else None
+    return {"first": first, "alarm": min(alarms, default=None), "last": last}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Every run: what the monitor said without the reward, at every step and every tenth."""
+    head = ("run", "seed", "reward, first and last", "died at", "`collapsing`", "`collapsed`",
+            "last state", "every=10: alarm, last")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for run in sorted(
+        results["runs"], key=lambda r: (r["died_at"] is None, r["setting"], r["seed"])
+    ):
+        one, ten = verdict(run, Thresholds()), verdict(run, Thresholds(), 10)
+        cells = (
+            run["setting"], run["seed"], f"{run['reward'][0]:.2f} {run['reward'][-1]:.2f}",
+            run["died_at"], one["first"]["collapsing"], one["first"]["collapsed"], one["last"],
+            "run was over" if ten["last"] is None else f"{_dash(ten['alarm'])}, {ten['last']}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(_dash, cells)) + " |")
+    return "\n".join(lines)
+
+
+def words(results: dict[str, Any]) -> str:
+    """Right and wrong alarms, counted."""
+    runs, lines = results["runs"], []
+    died = [run for run in runs if run["died_at"] is not None]
+    lived = [run for run in runs if run["died_at"] is None]
+    lines.append(f"- {len(runs)} runs, of which {len(died)} died.")
+    for every in (1, 10):
+        for name in ("collapsed", "collapsing"):
+            there = ("collapsed",) if name == "collapsed" else states.ALARMS
+
+            def hit(run: dict, every: int = every, there: tuple = there) -> int | None:
+                first = verdict(run, Thresholds(), every)["first"]
+                steps = [first[state] for state in there if first[state] is not None]
+                return min(steps, default=None)
+
+            found = [run for run in died if hit(run) is not None]
+            early = [run for run in found if hit(run) < run["died_at"]]
+            false = [run for run in lived if hit(run) is not None]
+            lines.append(
+                f"- every={every}, `{name}`{'' if name == 'collapsed' else ' or worse'}: "
+                f"{len(found)} of {len(died)} that died, {len(early)} of them before the reward "
+                f"died; false for {len(false)} of {len(lived)} that lived"
+                + (
+                    ": " + ", ".join(f"{r['setting']} (seed {r['seed']})" for r in false)
+                    if false
+                    else ""
+                )
+                + "."
+            )
+    missed = [r for r in died if verdict(r, Thresholds())["alarm"] is None]
+    lines.append("- Missed altogether at every=1: " + (
+        ", ".join(f"{r['setting']} (seed {r['seed']})" for r in missed) or "none") + ".")  # fmt: skip
+    ends = sum(verdict(r, Thresholds())["last"] in ("healthy", "concentrated") for r in lived)
+    lines.append(f"- Of the {len(lived)} that lived {ends} end without an alarm.")
+    return "\n".join(lines)
+
+
+def _dash(value: Any) -> str:
+    return "-" if value is None else str(value)
 
 
 def main() -> None:
@@ -157,7 +245,12 @@ def main() -> None:
     parser.add_argument("--kept", type=Path, help="folder for the cold-started models")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
+    if args.table:
+        results = json.loads(args.out.read_text())
+        print(words(results), table(results), sep="\n\n")
+        return
     if args.smoke:
         fill(args.out, list(SETTINGS)[:2], 128, 0.0, 2, None)
         return

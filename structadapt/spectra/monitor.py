@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from structadapt.adapted import sharded_as
 from structadapt.files import write_atomically
 from structadapt.spectra import states, updates
 from structadapt.spectra.states import MEASURES, Judge, Row, Thresholds
 
 ROWS_KEPT = 20_000  # of the history; older readings keep medians and bands
+Check = tuple[int, Tensor, Any, Any, Any]  # step, values, what to wait for, reward, kl
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,18 @@ class Monitor:
     thresholds: where the states begin (see `states.Thresholds`).
     snapshots: keep a copy of every matrix that trains without an adapter, and watch its change.
 
-    The norms of the frozen weights are worked out at the first check. Neither the model nor a global
-    random number generator is touched. On CUDA a check only queues work: its numbers are copied to
-    the host meanwhile and read at the next check, so that `step` returns the reading of the check
-    before; `finish` gives the last one. On a CPU there is no delay.
+    The norms of the frozen weights are worked out here, and so is where the updates stand: make the
+    monitor before the first step. Neither the model nor a global random number generator is
+    touched. On CUDA a check only queues work: its numbers are copied to the host meanwhile and read
+    at the next check, so that `step` returns the reading of the check before; `finish` gives the
+    last one. On a CPU there is no delay.
 
     With torch.distributed every process makes the same calls. Each works the readings out itself,
     from parameters that are equal; of sharded ones the whole values are gathered one by one. Only
     the first writes files.
 
-    Raises ValueError for `every` below 1, or a model in which nothing can be watched.
+    Raises ValueError for `every` below 1, a model in which nothing can be watched, or one that has
+    no values yet.
     """
 
     def __init__(
@@ -100,12 +104,18 @@ class Monitor:
                 "nothing to watch: the model has no adapted layer; call structadapt.adapt or load "
                 "first, or pass snapshots=True to watch the matrices that train by themselves"
             )
-        self.judge = Judge(thresholds or Thresholds(), every)
+        empty = [update.name for update in self.updates if any(t.is_meta for t in update.tensors)]
+        if empty:
+            raise ValueError(f"{empty[0]} is on the meta device and has no values yet: load first")
+        bases = [updates.base_of(update) for update in self.updates]
+        self._bases = [base for base, _ in bases]
+        rows = zip(self.updates, bases, strict=True)
+        self._row_norms = {u.name: norms for u, (_, norms) in rows if norms is not None}
+        sizes = {row.name: row.relative_spectral for row in self._rows(self._measure())}
+        self.judge = Judge(thresholds or Thresholds(), every, sizes)
         self.history: list[Reading] = []
         self._steps = 0
-        self._pending: tuple[int, Tensor, Any, Any, Any] | None = None
-        self._bases: list[updates.Base] = []
-        self._row_norms: dict[str, Tensor] = {}
+        self._pending: Check | None = None
 
     # -- in the loop -------------------------------------------------------------------------------
 
@@ -130,7 +140,7 @@ class Monitor:
         """The reading that still waits on the device, if there is one."""
         return self._next(None)
 
-    def _next(self, check: tuple[int, Tensor, Any, Any, Any] | None) -> Reading | None:
+    def _next(self, check: Check | None) -> Reading | None:
         if self.delayed:
             self._pending, check = check, self._pending
         if check is None:
@@ -138,7 +148,7 @@ class Monitor:
         step, values, copied, reward, kl = check
         if copied is not None:
             copied.synchronize()
-        reading = self._read(step, values, *(None if v is None else float(v) for v in (reward, kl)))
+        reading = self._read(step, values, _number(reward), _number(kl))
         self.history.append(reading)
         old = len(self.history) - max(ROWS_KEPT // len(self.updates), 1) - 1
         if old >= 0:
@@ -147,26 +157,17 @@ class Monitor:
 
     @torch.inference_mode(False)
     def _measure(self) -> Tensor:
-        device = next(self._tensors()).device.type
-        with torch.autocast(device, enabled=False):
-            if not self._bases:
-                found = [updates.base_of(update) for update in self.updates]
-                self._bases = [base for base, _ in found]
-                names = [update.name for update in self.updates]
-                norms = zip(names, (rows for _, rows in found), strict=True)
-                self._row_norms = {name: rows for name, rows in norms if rows is not None}
+        with torch.autocast(self.updates[0].tensors[0].device.type, enabled=False):
             return updates.measure(self.updates, self._row_norms)
 
-    def _tensors(self) -> Any:
-        return (t for u in self.updates for t in (u.layer.tensors().values() if u.layer else [u.weight]))
+    def _rows(self, values: Tensor) -> list[Row]:
+        every = zip(self.updates, self._bases, values.tolist(), strict=True)
+        return [states.row_of(update, base, *seen) for update, base, seen in every]
 
     def _read(self, step: int, values: Tensor, reward: float | None, kl: float | None) -> Reading:
-        rows = []
-        for update, base, seen in zip(self.updates, self._bases, values.tolist(), strict=True):
-            rows.append(states.row_of(update, base, *seen))
-        rows, state, evidence = self.judge.look(step, rows)
+        rows, state, evidence = self.judge.look(self._rows(values), reward)
         bands = {name: states.band([getattr(row, name) for row in rows]) for name in MEASURES}
-        return Reading(step, state, evidence, bands, tuple(rows), reward, kl)
+        return Reading(step, state, evidence, bands, rows, reward, kl)
 
     # -- keeping -----------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ class Monitor:
             step, values, copied, reward, kl = self._pending
             if copied is not None:
                 copied.synchronize()
-            pending = [step, values, *(None if v is None else float(v) for v in (reward, kl))]
+            pending = [step, values, _number(reward), _number(kl)]
         return {
             "every": self.every,
             "modules": [update.name for update in self.updates],
@@ -191,7 +192,7 @@ class Monitor:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Go on from a state. ValueError for that of a monitor of other modules, or other checks."""
+        """Go on from a state. ValueError for that of a monitor with other modules or checks."""
         here = {"every": self.every, "modules": [update.name for update in self.updates]}
         for name, value in here.items():
             if state[name] != value:
@@ -201,14 +202,14 @@ class Monitor:
                 )
         for update in self.updates:
             if update.start is not None:
-                update.start.copy_(updates.like(update.start, state["starts"][update.name]))
-        self._bases = []
+                start = state["starts"][update.name].to(update.start.device)
+                update.start.copy_(sharded_as(update.start, start))
         self._steps = state["steps"]
         self.judge.load_state_dict(state["judge"])
         self.history = [_reading(kept) for kept in state["history"]]
         pending = state["pending"]
+        self._pending = None
         if pending is not None:
-            self._measure_bases()
             step, values, reward, kl = pending
             self._pending = (step, values, None, reward, kl)
 
@@ -218,6 +219,10 @@ class Monitor:
         if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
             lines = [json.dumps(reading.to_dict(), allow_nan=False) for reading in self.history]
             write_atomically(Path(path), "".join(f"{line}\n" for line in lines).encode())
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, Any]:

@@ -27,7 +27,7 @@ class Thresholds:
     they are no constants of nature."""
 
     concentrated_energy: float = 0.5  # topk_energy from which an update is concentrated
-    concentrated_null: float = 0.1  # or of_null up to which it is, for an update with factors
+    concentrated_null: float = 0.25  # and of_null up to which it is
     collapsing_speed: float = 0.1  # rise of relative_spectral a step
     collapsed_speed: float = 0.3
     fall: float = 0.5  # of_null beside its highest; with
@@ -75,7 +75,7 @@ def band(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-# -- one module ------------------------------------------------------------------------------------
+# -- the history -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -84,20 +84,126 @@ class Past:
 
     state: str = "healthy"
     recent: list[str] = field(default_factory=list)  # what each of the last checks said by itself
-    sizes: list[float] = field(default_factory=list)  # relative_spectral
-    peak: float = 0.0  # highest of_null, and the size it had there
-    size_at_peak: float = 0.0
-    falling: int = 0  # checks in a row
+    sizes: list[float] = field(default_factory=list)  # relative_spectral of the last checks
+    peak: float = 0.0  # highest of_null that was seen
+    size_at_peak: float = 0.0  # relative_spectral there
+    falling: int = 0  # checks in a row with a fallen of_null
 
     def settle(self, said: str, limits: Thresholds) -> str:
-        """The state after one more check: worse states after `rise` in a row, better ones after
-        `settle`."""
+        """The state after one more check: worse ones after `rise` in a row that say so, better
+        ones after `settle`."""
         self.recent = [*self.recent, said][-max(limits.rise, limits.settle) :]
         ranks = [STATES.index(state) for state in self.recent]
         now = STATES.index(self.state)
-        if len(ranks) >= limits.rise and min(ranks[-limits.rise :]) > now:
-            now = min(ranks[-limits.rise :])
-        elif len(ranks) >= limits.settle and max(ranks[-limits.settle :]) < now:
-            now = max(ranks[-limits.settle :])
+        if len(ranks) >= limits.rise:
+            now = max(now, min(ranks[-limits.rise :]))
+        if len(ranks) >= limits.settle:
+            now = min(now, max(ranks[-limits.settle :]))
         self.state = STATES[now]
         return self.state
+
+
+class Judge:
+    """The states of the modules and of the model, from one check to the next.
+
+    every: calls of `Monitor.step` from one check to the next. start: relative_spectral of every
+    module before the first, by name.
+    """
+
+    def __init__(self, limits: Thresholds, every: int, start: dict[str, float]) -> None:
+        self.limits, self.every = limits, every
+        self.model = Past()
+        self.modules = {name: Past(sizes=[size]) for name, size in start.items()}
+        self.first_reward: float | None = None
+
+    def look(
+        self, rows: Sequence[Row], reward: float | None = None
+    ) -> tuple[tuple[Row, ...], str, str]:
+        """The rows with their states, the model's state, and one sentence that says why."""
+        whys: dict[str, str] = {}
+        judged = []
+        for row in rows:
+            past = self.modules[row.name]
+            said, why = said_of(past, row, self.every, self.limits)
+            judged.append(replace(row, state=past.settle(said, self.limits)))
+            whys[row.name] = why
+        said = said_of_model(judged, self.limits)
+        if reward is not None:
+            first = self.first_reward = reward if self.first_reward is None else self.first_reward
+            if reward < first / 10:  # no better than before, and dead if it was about to be
+                said = max(said, self.model.state, key=STATES.index)
+                said = "collapsed" if said == "collapsing" else said
+        state = self.model.settle(said, self.limits)
+        return tuple(judged), state, _evidence(judged, state, whys)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is remembered, as dicts, lists, numbers and texts."""
+        modules = {name: dict(vars(past)) for name, past in self.modules.items()}
+        return {"model": dict(vars(self.model)), "modules": modules, "first": self.first_reward}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model = Past(**state["model"])
+        self.modules = {name: Past(**past) for name, past in state["modules"].items()}
+        self.first_reward = state["first"]
+
+
+def said_of(past: Past, row: Row, every: int, limits: Thresholds) -> tuple[str, str]:
+    """What one check says of a module by itself, and why; `past` goes one check on."""
+    size, before = row.relative_spectral, past.sizes[-1]
+    if not all(map(math.isfinite, (row.topk_energy, row.relative_norm, row.participation_ratio))):
+        return "collapsed", "its update is not finite, or its weight is 0"
+    past.sizes = [*past.sizes, size][-2:]
+    if size == before and past.recent:  # nothing moved, so nothing can be better than it was
+        return past.recent[-1], f"its update stands still at {size:.2g} times its weight"
+    if row.of_null > past.peak:
+        past.peak, past.size_at_peak = row.of_null, size
+    fallen = row.of_null <= limits.fall * past.peak and size >= limits.growth * past.size_at_peak
+    past.falling = past.falling + 1 if fallen and size >= limits.large else 0
+    speed = (size - before) / every
+    grew = f"its update grows by {speed:.2g} of its weight a step"
+    few = f"{row.topk_energy:.0%} of its update's energy is in one direction"
+    if speed >= limits.collapsed_speed:
+        return "collapsed", grew
+    if past.falling >= limits.window and row.topk_energy >= limits.concentrated_energy:
+        return "collapsed", f"{few}, {size:.2g} times its weight"
+    if past.falling >= limits.window:
+        left = f"it has {row.of_null / past.peak:.0%} of the directions it had"
+        return "collapsing", f"{left}, and grew to {size:.2g} times its weight"
+    if speed >= limits.collapsing_speed:
+        return "collapsing", grew
+    few_of_null = 0 < row.of_null <= limits.concentrated_null
+    if few_of_null and row.topk_energy >= limits.concentrated_energy:
+        return "concentrated", few
+    return "healthy", f"its update is {size:.2g} times its weight"
+
+
+def said_of_model(rows: Sequence[Row], limits: Thresholds) -> str:
+    """The worst state that enough of the modules have, or all of one type with two or more."""
+    types = Counter(map(type_of, rows))
+    for rank in (3, 2, 1):
+        there = [row for row in rows if STATES.index(row.state) >= rank]
+        hit = Counter(map(type_of, there))
+        whole = any(count == types[name] >= 2 for name, count in hit.items())
+        if there and (len(there) >= limits.share * len(rows) or whole):
+            return STATES[rank]
+    return "healthy"
+
+
+def type_of(row: Row) -> str:
+    """q_proj of model.layers.3.self_attn.q_proj: the last part of the name that is no number."""
+    parts = [part for part in row.name.split(".") if not re.fullmatch(r"\d*", part)]
+    return parts[-1] if parts else row.name
+
+
+def _evidence(rows: Sequence[Row], state: str, whys: dict[str, str]) -> str:
+    """How many modules, and the worst of them."""
+    there = [row for row in rows if STATES.index(row.state) >= STATES.index(state)]
+    if state == "healthy" or not there:
+        sizes = [row.relative_spectral for row in rows]
+        middle = band(sizes)[1]
+        return f"the updates of {len(rows)} modules are {middle:.2g} times their weights (median)"
+    worst = max(there, key=lambda row: row.relative_spectral)
+    return (
+        f"{len(there)} of {len(rows)} modules; the largest, {worst.name}: {whys[worst.name]} "
+        "(spectral norms)"
+    )

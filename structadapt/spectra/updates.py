@@ -29,6 +29,13 @@ class Update:
     start: Tensor | None = None
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """What the update is made of, at least one."""
+        if self.layer is None:
+            return [cast(Tensor, self.weight)]
+        return [*self.layer.tensors().values(), self.layer.frozen_weight]
+
+    @property
     def null(self) -> float:
         """D_2 of a random update of this shape and rank (see `moments.null`)."""
         return moments.null(self.rank or 10**18, *self.shape)
