@@ -175,9 +175,8 @@ def verdict(run: dict[str, Any], limits: Thresholds, every: int = 1, reward: boo
     """The first step of each state, the last state, and whether the alarm was right."""
     found = said(run, limits, every, reward)
     first = {state: next((step for step, s, _ in found if s == state), None) for state in STATES}
-    alarms = [first[state] for state in states.ALARMS if first[state] is not None]
-    last = found[-1][1] if found else None
-    return {"first": first, "alarm": min(alarms, default=None), "last": last}
+    result = {"first": first, "last": found[-1][1] if found else None}
+    return result | {"alarm": first_of(states.ALARMS, result)}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -200,39 +199,35 @@ def table(results: dict[str, Any]) -> str:
 
 def words(results: dict[str, Any]) -> str:
     """Right and wrong alarms, counted."""
-    runs, lines = results["runs"], []
+    runs = results["runs"]
     died = [run for run in runs if run["died_at"] is not None]
     lived = [run for run in runs if run["died_at"] is None]
-    lines.append(f"- {len(runs)} runs, of which {len(died)} died.")
+    lines = [f"- {len(runs)} runs; the reward died in {len(died)}."]
     for every in (1, 10):
-        for name in ("collapsed", "collapsing"):
-            there = ("collapsed",) if name == "collapsed" else states.ALARMS
-
-            def hit(run: dict, every: int = every, there: tuple = there) -> int | None:
-                first = verdict(run, Thresholds(), every)["first"]
-                steps = [first[state] for state in there if first[state] is not None]
-                return min(steps, default=None)
-
-            found = [run for run in died if hit(run) is not None]
-            early = [run for run in found if hit(run) < run["died_at"]]
-            false = [run for run in lived if hit(run) is not None]
+        for worse in (states.ALARMS, states.ALARMS[1:]):
+            at = {id(run): first_of(worse, verdict(run, Thresholds(), every)) for run in runs}
+            found = [run for run in died if at[id(run)] is not None]
+            early = [run for run in found if at[id(run)] < run["died_at"]]
+            false = [run for run in lived if at[id(run)] is not None]
             lines.append(
-                f"- every={every}, `{name}`{'' if name == 'collapsed' else ' or worse'}: "
-                f"{len(found)} of {len(died)} that died, {len(early)} of them before the reward "
-                f"died; false for {len(false)} of {len(lived)} that lived"
-                + (
-                    ": " + ", ".join(f"{r['setting']} (seed {r['seed']})" for r in false)
-                    if false
-                    else ""
-                )
-                + "."
+                f"- every={every}, {' or '.join(f'`{state}`' for state in worse)}: {len(found)} of "
+                f"the {len(died)} that died, {len(early)} of them before the reward did; false "
+                f"for {len(false)} of the {len(lived)} that lived ({names_of(false)})."
             )
-    missed = [r for r in died if verdict(r, Thresholds())["alarm"] is None]
-    lines.append("- Missed altogether at every=1: " + (
-        ", ".join(f"{r['setting']} (seed {r['seed']})" for r in missed) or "none") + ".")  # fmt: skip
-    ends = sum(verdict(r, Thresholds())["last"] in ("healthy", "concentrated") for r in lived)
-    lines.append(f"- Of the {len(lived)} that lived {ends} end without an alarm.")
+    missed = [run for run in died if verdict(run, Thresholds())["alarm"] is None]
+    lines.append(f"- No alarm at every=1 in these that died: {names_of(missed)}.")
+    calm = [run for run in lived if verdict(run, Thresholds())["last"] not in states.ALARMS]
+    lines.append(f"- Of the {len(lived)} that lived {len(calm)} end without an alarm.")
     return "\n".join(lines)
+
+
+def first_of(worse: tuple[str, ...], found: dict[str, Any]) -> int | None:
+    steps = [found["first"][state] for state in worse]
+    return min((step for step in steps if step is not None), default=None)
+
+
+def names_of(runs: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{run['setting']}, seed {run['seed']}" for run in runs) or "none"
 
 
 def _dash(value: Any) -> str:

@@ -14,7 +14,7 @@ from test_grpo_train import PROMPTS, Plain, assert_same_bits, state
 from torch import nn
 
 import structadapt as sa
-from structadapt.spectra import Monitor, Thresholds, moments, states, updates
+from structadapt.spectra import Monitor, Thresholds, moments, states
 from structadapt.spectra.states import Judge, Row
 
 SHAPES = [(37, 23), (5, 61), (64, 64), (1, 7), (1, 1)]
@@ -418,23 +418,16 @@ def test_what_it_finds_joins_the_alarms():
     assert any(a.startswith("collapsed: ") and "modules" in a for a in said[1])
 
 
-def test_a_run_without_the_monitor_of_its_state_is_another_one(tmp_path):
+def test_a_run_with_other_observers_is_another_one(tmp_path):
     Run(tmp_path).records(2)
-    run = Run(tmp_path)
-    observers = [run.monitor, run.monitor]
-    torch.manual_seed(0)
-    with pytest.raises(ValueError, match="observers is"):
-        optimizer = torch.optim.AdamW(
-            [p for p in run.model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1
-        )
-        next(
-            sa.grpo.train(
-                run.model,
-                optimizer,
-                PROMPTS * 4,
-                noisy_reward,
-                replace(CONFIG, kl_coef=0.0),
-                observers=observers,
-                checkpoints=sa.grpo.Checkpoints(tmp_path, every=1),
-            )  # fmt: skip
-        )
+    run = Run(None)
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    steps = sa.grpo.train(
+        run.model, torch.optim.AdamW(trained, lr=0.05, weight_decay=0.1), PROMPTS * 4,
+        noisy_reward, replace(CONFIG, kl_coef=0.0), observers=[run.monitor, run.monitor],
+        checkpoints=sa.grpo.Checkpoints(tmp_path, every=1),
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r'its observers is \["Monitor"\], and here \["Monitor", "M'
+    ):
+        next(steps)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from structadapt.adapted import Adapted, whole
 from structadapt.adapters import DoRA, LoRA, QuanTA
-from structadapt.layers import find_adapted, plain_name, unwrapped
+from structadapt.layers import find_adapted, matrix_shape, plain_name, unwrapped
 from structadapt.spectra import moments
 
 MEASURES = 5  # F, D_2, p_1, then DoRA's mean and largest |m / |W|_row - 1|
@@ -75,9 +75,9 @@ def find(model: nn.Module, snapshots: bool) -> tuple[list[Update], dict[str, str
 
 
 def _of_layer(name: str, layer: Adapted) -> Update:
-    shape, adapter = tuple(layer.matrix().shape), layer.adapter
+    shape, adapter = matrix_shape(layer), layer.adapter
     rank = min(adapter.rank, *shape) if isinstance(adapter, LoRA) else None
-    return Update(name, cast(tuple[int, int], shape), type(adapter).__name__, rank, layer)
+    return Update(name, shape, type(adapter).__name__, rank, layer)
 
 
 @torch.no_grad()
