@@ -135,7 +135,7 @@ def test_a_run_leaves_what_it_promises(kind, tmp_path, capsys):
     }  # fmt: skip
     readings = [json.loads(line) for line in (out / "monitor.jsonl").read_text().splitlines()]
     assert [reading["step"] for reading in readings] == [0, 1]
-    assert len(readings[0]["rows"]) == (13 if kind == "full" else 12)
+    assert len(readings[0]["rows"]) == (15 if kind == "full" else 12)
     assert summary["monitor"]["state"] == readings[-1]["state"]
     assert json.loads((out / "summary.json").read_text()) == summary
     for when in ("before", "after"):

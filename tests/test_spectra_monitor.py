@@ -64,22 +64,22 @@ def check_row(row, delta, W, tolerance=1e-5):
 # -- the numbers -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=repr)
-def test_low_rank_rows_are_those_of_the_singular_values(adapter):
-    model = moved(sa.adapt(Layers(), adapter))
+@pytest.mark.parametrize("kind", ADAPTERS, ids=repr)
+def test_low_rank_rows_are_those_of_the_singular_values(kind):
+    model = moved(sa.adapt(Layers(), kind))
     (reading,) = [Monitor(model, every=1).step()]
     layers = dict(model.named_modules())
     assert [row.name for row in reading.rows] == [f"layers.{i}" for i in range(len(SHAPES))]
     for row in reading.rows:
         layer = layers[row.name]
         p = {n: t.detach() for n, t in layer.tensors().items()}
-        W, delta = layer.weight.detach(), adapter.direction(row.shape, p).detach()
+        W, delta = layer.weight.detach(), kind.direction(row.shape, p).detach()
         check_row(row, delta, W)
-        r = min(adapter.rank, *row.shape)
+        r = min(kind.rank, *row.shape)
         m, k = row.shape
         null = 1 / (1 / r + 1 / m + 1 / k)
         assert row.of_null == pytest.approx(row.participation_ratio / null)
-        if isinstance(adapter, sa.DoRA):
+        if isinstance(kind, sa.DoRA):
             drift = np.abs(p["m"].numpy() / np.linalg.norm(W.numpy(), axis=1) - 1)
             assert row.magnitude_mean == pytest.approx(drift.mean(), rel=1e-4)
             assert row.magnitude_max == pytest.approx(drift.max(), rel=1e-4)
@@ -164,9 +164,9 @@ def test_full_weights_are_named_or_watched_by_a_snapshot():
 # -- what it leaves alone --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", [*ADAPTERS, sa.QuanTA(3)], ids=repr)
-def test_nothing_is_touched(adapter):
-    model = moved(sa.adapt(Layers([(64, 64), (270, 288)]), adapter))
+@pytest.mark.parametrize("kind", [*ADAPTERS, sa.QuanTA(3)], ids=repr)
+def test_nothing_is_touched(kind):
+    model = moved(sa.adapt(Layers([(64, 64), (270, 288)]), kind))
     before = copy.deepcopy(model.state_dict())
     generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     monitor = Monitor(model, every=1)

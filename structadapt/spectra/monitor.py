@@ -204,6 +204,10 @@ class Monitor:
             if update.start is not None:
                 start = state["starts"][update.name].to(update.start.device)
                 update.start.copy_(sharded_as(update.start, start))
+        self._bases = [
+            base if update.start is None else updates.base_of(update)[0]
+            for update, base in zip(self.updates, self._bases, strict=True)
+        ]
         self._steps = state["steps"]
         self.judge.load_state_dict(state["judge"])
         self.history = [_reading(kept) for kept in state["history"]]

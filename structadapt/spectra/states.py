@@ -71,8 +71,9 @@ def _ratio(size: float, base: float) -> float:
 
 def band(values: Sequence[float]) -> tuple[float, float, float]:
     """10 % quantile, median and 90 % quantile."""
-    low, middle, high = np.quantile(np.asarray(values, dtype=np.float64), (0.1, 0.5, 0.9)).tolist()
-    return low, middle, high
+    with np.errstate(invalid="ignore"):  # inf - inf
+        low, middle, high = np.quantile(np.asarray(values, dtype=np.float64), (0.1, 0.5, 0.9))
+    return float(low), float(middle), float(high)
 
 
 # -- the history -----------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def band(values: Sequence[float]) -> tuple[float, float, float]:
 
 @dataclass
 class Past:
-    """What is remembered of one module, or of the model."""
+    """What is remembered of one module."""
 
     state: str = "healthy"
     recent: list[str] = field(default_factory=list)  # what each of the last checks said by itself
@@ -112,7 +113,7 @@ class Judge:
 
     def __init__(self, limits: Thresholds, every: int, start: dict[str, float]) -> None:
         self.limits, self.every = limits, every
-        self.model = Past()
+        self.state = "healthy"  # of the model
         self.modules = {name: Past(sizes=[size]) for name, size in start.items()}
         self.first_reward: float | None = None
 
@@ -131,18 +132,18 @@ class Judge:
         if reward is not None:
             first = self.first_reward = reward if self.first_reward is None else self.first_reward
             if reward < first / 10:  # no better than before, and dead if it was about to be
-                said = max(said, self.model.state, key=STATES.index)
+                said = max(said, self.state, key=STATES.index)
                 said = "collapsed" if said == "collapsing" else said
-        state = self.model.settle(said, self.limits)
-        return tuple(judged), state, _evidence(judged, state, whys)
+        self.state = said
+        return tuple(judged), said, _evidence(judged, said, whys)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is remembered, as dicts, lists, numbers and texts."""
         modules = {name: dict(vars(past)) for name, past in self.modules.items()}
-        return {"model": dict(vars(self.model)), "modules": modules, "first": self.first_reward}
+        return {"state": self.state, "modules": modules, "first": self.first_reward}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model = Past(**state["model"])
+        self.state = state["state"]
         self.modules = {name: Past(**past) for name, past in state["modules"].items()}
         self.first_reward = state["first"]
 
