@@ -180,17 +180,20 @@ def verdict(run: dict[str, Any], limits: Thresholds, every: int = 1, reward: boo
 
 
 def table(results: dict[str, Any]) -> str:
-    """Every run: what the monitor said without the reward, at every step and every tenth."""
-    head = ("run", "seed", "reward, first and last", "died at", "`collapsing`", "`collapsed`",
-            "last state", "every=10: alarm, last")  # fmt: skip
+    """Every run: what the monitor said, at every step and every tenth."""
+    head = ("run", "seed", "reward: first, lowest, last", "died at", "`collapsing`", "`collapsed`",
+            "last state", "told the reward", "every=10: alarm, last")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for run in sorted(
         results["runs"], key=lambda r: (r["died_at"] is None, r["setting"], r["seed"])
     ):
         one, ten = verdict(run, Thresholds()), verdict(run, Thresholds(), 10)
+        told = verdict(run, Thresholds(), reward=True)
+        rewards = run["reward"][0], min(run["reward"]), run["reward"][-1]
         cells = (
-            run["setting"], run["seed"], f"{run['reward'][0]:.2f} {run['reward'][-1]:.2f}",
+            run["setting"], run["seed"], " ".join(f"{reward:.2f}" for reward in rewards),
             run["died_at"], one["first"]["collapsing"], one["first"]["collapsed"], one["last"],
+            told["last"],
             "run was over" if ten["last"] is None else f"{_dash(ten['alarm'])}, {ten['last']}",
         )  # fmt: skip
         lines.append("| " + " | ".join(map(_dash, cells)) + " |")
@@ -235,7 +238,7 @@ def _dash(value: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--limit", type=int, default=10**6)
     parser.add_argument("--kept", type=Path, help="folder for the cold-started models")
     parser.add_argument("--out", type=Path, default=RESULTS)

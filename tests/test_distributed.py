@@ -484,9 +484,10 @@ def the_monitor_reads_sharded_adapters_as_whole_ones(folder):
         for monitor in monitors:
             assert monitor.step() is None
             monitor.load_state_dict(monitor.state_dict())
+        assert len(monitors[0].updates) == len(list(sa.delta_weights(models[0])))
         one, *others = [monitor.step() for monitor in monitors]
         for reading in others:
-            assert reading == one and len(one.rows) == 5
+            assert reading == one
         path = folder / f"monitor-{dist.get_rank()}.jsonl"
         monitors[1].to_jsonl(path)
         assert path.exists() == (dist.get_rank() == 0)

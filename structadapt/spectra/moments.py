@@ -83,6 +83,7 @@ def of_action(apply: Linear, probes: Tensor) -> Tensor:
     """
     y, z = _there_and_back(apply, probes)
     x, y, z, first = probes[SKETCH:].double(), y[SKETCH:], z[SKETCH:], z[:SKETCH]
+    Q, there = first, first
     for _ in range(ROUNDS):
         Q = torch.linalg.qr(first.T).Q.T  # (SKETCH, in), rows orthonormal
         there, first = _there_and_back(apply, Q.to(probes.dtype))

@@ -6,8 +6,6 @@ loses its directions. So two axes are read, and their history.
 """
 
 import math
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,13 +26,13 @@ class Thresholds:
 
     concentrated_energy: float = 0.5  # topk_energy from which an update is concentrated
     concentrated_null: float = 0.25  # and of_null up to which it is
-    collapsing_speed: float = 0.1  # rise of relative_spectral a step
-    collapsed_speed: float = 0.3
+    collapsing_speed: float = 0.2  # rise of relative_spectral over the square root of the steps
+    collapsed_speed: float = 0.36
     fall: float = 0.5  # of_null beside its highest; with
     growth: float = 2.0  # relative_spectral that grew so many times since then, and
     large: float = 1.0  # is at least this
     window: int = 3  # checks that such a fall lasts
-    share: float = 0.25  # of the modules, or all (2 or more) of one type, for the model's state
+    share: float = 0.5  # of the modules that make the model's state
     rise: int = 1  # checks in a row that bring a worse state
     settle: int = 5  # checks in a row that bring a better one
 
@@ -61,7 +59,7 @@ def row_of(update: Any, base: Any, F: float, D_2: float, p_1: float, *drift: flo
     norm, top = math.sqrt(F), math.sqrt(F * p_1)
     return Row(
         update.name, update.shape, update.kind, D_2, D_2 / update.null, p_1,
-        _ratio(norm, base.frobenius), _ratio(top, base.spectral), *drift,
+        _ratio(norm, base.frobenius), _ratio(top, base.spectral), drift[0], drift[1],
     )  # fmt: skip
 
 
@@ -115,7 +113,7 @@ class Judge:
         self.limits, self.every = limits, every
         self.state = "healthy"  # of the model
         self.modules = {name: Past(sizes=[size]) for name, size in start.items()}
-        self.first_reward: float | None = None
+        self.best_reward = -math.inf
 
     def look(
         self, rows: Sequence[Row], reward: float | None = None
@@ -130,8 +128,8 @@ class Judge:
             whys[row.name] = why
         said = said_of_model(judged, self.limits)
         if reward is not None:
-            first = self.first_reward = reward if self.first_reward is None else self.first_reward
-            if reward < first / 10:  # no better than before, and dead if it was about to be
+            self.best_reward = max(self.best_reward, reward)
+            if reward < self.best_reward / 10:  # no better than before, and dead if it was near it
                 said = max(said, self.state, key=STATES.index)
                 said = "collapsed" if said == "collapsing" else said
         self.state = said
@@ -140,12 +138,12 @@ class Judge:
     def state_dict(self) -> dict[str, Any]:
         """Everything that is remembered, as dicts, lists, numbers and texts."""
         modules = {name: dict(vars(past)) for name, past in self.modules.items()}
-        return {"state": self.state, "modules": modules, "first": self.first_reward}
+        return {"state": self.state, "modules": modules, "best_reward": self.best_reward}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.state = state["state"]
         self.modules = {name: Past(**past) for name, past in state["modules"].items()}
-        self.first_reward = state["first"]
+        self.best_reward = state["best_reward"]
 
 
 def said_of(past: Past, row: Row, every: int, limits: Thresholds) -> tuple[str, str]:
@@ -160,8 +158,8 @@ def said_of(past: Past, row: Row, every: int, limits: Thresholds) -> tuple[str, 
         past.peak, past.size_at_peak = row.of_null, size
     fallen = row.of_null <= limits.fall * past.peak and size >= limits.growth * past.size_at_peak
     past.falling = past.falling + 1 if fallen and size >= limits.large else 0
-    speed = (size - before) / every
-    grew = f"its update grows by {speed:.2g} of its weight a step"
+    speed = (size - before) / every**0.5  # steps in random directions add up so
+    grew = f"its update grew by {size - before:.2g} of its weight in {every} steps"
     few = f"{row.topk_energy:.0%} of its update's energy is in one direction"
     if speed >= limits.collapsed_speed:
         return "collapsed", grew
@@ -179,21 +177,11 @@ def said_of(past: Past, row: Row, every: int, limits: Thresholds) -> tuple[str, 
 
 
 def said_of_model(rows: Sequence[Row], limits: Thresholds) -> str:
-    """The worst state that enough of the modules have, or all of one type with two or more."""
-    types = Counter(map(type_of, rows))
-    for rank in (3, 2, 1):
-        there = [row for row in rows if STATES.index(row.state) >= rank]
-        hit = Counter(map(type_of, there))
-        whole = any(count == types[name] >= 2 for name, count in hit.items())
-        if there and (len(there) >= limits.share * len(rows) or whole):
+    """The worst state that enough of the modules have, or a worse one."""
+    for rank in range(len(STATES) - 1, 0, -1):
+        if sum(STATES.index(row.state) >= rank for row in rows) >= limits.share * len(rows):
             return STATES[rank]
-    return "healthy"
-
-
-def type_of(row: Row) -> str:
-    """q_proj of model.layers.3.self_attn.q_proj: the last part of the name that is no number."""
-    parts = [part for part in row.name.split(".") if not re.fullmatch(r"\d*", part)]
-    return parts[-1] if parts else row.name
+    return STATES[0]
 
 
 def _evidence(rows: Sequence[Row], state: str, whys: dict[str, str]) -> str:
