@@ -114,7 +114,7 @@ def measure(name: str, seed: int, base: tiny_lm.TinyLM, count: int) -> dict[str,
         for step in run:
             steps.append({"step": step.step, "reward": step.reward, "kl": step.kl})
             table = updates.measure(watched, norms)
-            seen.append([[rounded(v) for v in row] for row in table.tolist()])
+            seen.append([[float(f"{v:.3g}") for v in row] for row in table.tolist()])
             if any(alarm.startswith("absorbing") for alarm in step.alarms):
                 break
     except FloatingPointError as error:
@@ -146,7 +146,7 @@ def fill(path: Path, names: list[str], count: int, cold: float, limit: int, kept
     for name, seed in missing[:limit]:
         run = measure(name, seed, started(seed, cold, kept), count)
         results["runs"].append(run)
-        write_atomically(path, (json.dumps(results) + "\n").encode())
+        write_atomically(path, (json.dumps(results, separators=(",", ":")) + "\n").encode())
         fate = f"died at {run['died_at']}, last reward {run['reward'][-1]:.3f}"
         print(f"{name}, seed {seed}: {fate}, {run['seconds']} s", file=sys.stderr)
     return max(len(missing) - limit, 0)

@@ -1,5 +1,6 @@
 """What the example prints and draws."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -215,7 +216,8 @@ def _updates(axes: Any, readings: list[dict[str, Any]]) -> None:
         ("topk_energy", "energy of the first direction", "#0072B2", "--"),
         ("of_null", "participation ratio / random", "#009E73", ":"),
     ):
-        low, middle, high = zip(*(r["bands"][name] for r in readings), strict=True)
+        bands = [[math.nan if v is None else v for v in r["bands"][name]] for r in readings]
+        low, middle, high = zip(*bands, strict=True)
         axes.plot(steps, middle, color=colour, linestyle=style, linewidth=2, label=label)
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
     shades = {"concentrated": "#F0E442", "collapsing": "#E69F00", "collapsed": "#CC79A7"}

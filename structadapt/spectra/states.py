@@ -159,7 +159,8 @@ def said_of(past: Past, row: Row, every: int, limits: Thresholds) -> tuple[str, 
     fallen = row.of_null <= limits.fall * past.peak and size >= limits.growth * past.size_at_peak
     past.falling = past.falling + 1 if fallen and size >= limits.large else 0
     speed = (size - before) / every**0.5  # steps in random directions add up so
-    grew = f"its update grew by {size - before:.2g} of its weight in {every} steps"
+    steps = "one step" if every == 1 else f"{every} steps"
+    grew = f"its update grew by {size - before:.2g} of its weight in {steps}"
     few = f"{row.topk_energy:.0%} of its update's energy is in one direction"
     if speed >= limits.collapsed_speed:
         return "collapsed", grew
