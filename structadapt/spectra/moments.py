@@ -124,14 +124,14 @@ def null(rank: int, out_features: int, in_features: int) -> float:
 def spectral_norm(W: Tensor, rounds: int = 6, block: int = 8) -> Tensor:
     """The largest singular value of W (out, in), a scalar in fp32 or float64 on its device.
 
-    Subspace iteration from a seeded Gaussian block: never above the true value; within 1e-3 of it
-    on trained weights.
+    Subspace iteration from a seeded Gaussian block: never above the true value, and 2 % below it
+    for a Gaussian matrix, whose first values are all but equal.
     """
     W = W if W.dtype in (torch.float32, torch.float64) else W.float()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(W.shape[1], min(block, *W.shape), generator=generator).to(W)
-    for _ in range(rounds):
-        y = torch.linalg.qr(W @ x).Q
-        x = W.T @ y
-    F, _, p_1 = of_core(x.double().T @ x.double())
+    x = torch.randn(min(block, *W.shape), W.shape[1], generator=generator).to(W)
+    for _ in range(rounds):  # as rows: on a CPU W^T times a few columns is ten times slower
+        y = torch.linalg.qr((x @ W.T).T).Q.T.contiguous()
+        x = y @ W
+    F, _, p_1 = of_core(x.double() @ x.double().T)
     return (F * p_1).sqrt()
