@@ -45,6 +45,22 @@ def reward(prompt, completion):
     return float(sum(completion) % 3 == 0)
 
 
+class Speaker:
+    """An observer whose word differs from process to process: the first one's counts."""
+
+    seen = 0
+
+    def after(self, step):
+        self.seen += 1
+        return (f"word {self.seen}: of {dist.get_rank() if dist.is_initialized() else 0}",)
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
 def run(name, folder=None, steps=99):
     """({parameter: value}, records) after training."""
     options, wrap = CASES[name]
@@ -67,7 +83,7 @@ def run(name, folder=None, steps=99):
     checkpoints = folder and sa.grpo.Checkpoints(folder, every=1)
     training = sa.grpo.train(
         wrapped, optimizer, PROMPTS, reward, config, checkpoints=checkpoints,
-        reference=lambda: sa.disabled(bare),
+        reference=lambda: sa.disabled(bare), observers=[Speaker()],
     )  # fmt: skip
     records = [asdict(step) for _, step in zip(range(steps), training, strict=False)]
     named = dict(bare.named_parameters())

@@ -130,8 +130,13 @@ def test_a_run_leaves_what_it_promises(kind, tmp_path, capsys):
     assert not printed.err
     weights = "model.safetensors" if kind == "full" else "adapter.safetensors"
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "summary.json", "base.safetensors", "curves.png", weights,
+        "config.json", "metrics.jsonl", "monitor.jsonl", "summary.json", "base.safetensors",
+        "curves.png", weights,
     }  # fmt: skip
+    readings = [json.loads(line) for line in (out / "monitor.jsonl").read_text().splitlines()]
+    assert [reading["step"] for reading in readings] == [0, 1]
+    assert len(readings[0]["rows"]) == (15 if kind == "full" else 12)
+    assert summary["monitor"]["state"] == readings[-1]["state"]
     assert json.loads((out / "summary.json").read_text()) == summary
     for when in ("before", "after"):
         for how in ("greedy", "sampled"):

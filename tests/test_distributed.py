@@ -472,6 +472,27 @@ def distributed_checkpoints_continue_where_they_stopped(folder):
     identical(sa.adapter_parameters(one[0]), sa.adapter_parameters(two[0]))
 
 
+@check
+def the_monitor_reads_sharded_adapters_as_whole_ones(folder):
+    for adapter in ADAPTERS:
+        models = adapted(adapter), shard(adapted(adapter)), ddp(adapted(adapter))
+        monitors = [sa.spectra.Monitor(model, every=2) for model in models]
+        for model in models:
+            with torch.no_grad():
+                for p in sa.adapter_parameters(model):
+                    p.mul_(1.5)
+        for monitor in monitors:
+            assert monitor.step() is None
+            monitor.load_state_dict(monitor.state_dict())
+        assert len(monitors[0].updates) == len(list(sa.delta_weights(models[0])))
+        one, *others = [monitor.step() for monitor in monitors]
+        for reading in others:
+            assert reading == one
+        path = folder / f"monitor-{dist.get_rank()}.jsonl"
+        monitors[1].to_jsonl(path)
+        assert path.exists() == (dist.get_rank() == 0)
+
+
 # -- tensor parallel -------------------------------------------------------------------------------
 
 

@@ -44,6 +44,8 @@ def test_two_processes_do_what_one_does(two, name):
         assert apart(found, parameters) < 1e-6
         assert len(seen) == len(records)
         for here, there in zip(records, seen, strict=True):
+            words = [[w for w in r["alarms"] if w.startswith("word")] for r in (here, there)]
+            assert words[0] == words[1] == [f"word {here['step'] + 1}: of 0"]
             for key in here.keys() - set(TIMES) - {"alarms"}:
                 assert there[key] == pytest.approx(here[key], rel=1e-4, abs=1e-6), key
 

@@ -31,7 +31,7 @@ from torch import nn
 
 import structadapt as sa
 from structadapt.adapters import Adapter
-from structadapt.examples import show, tiny_lm
+from structadapt.examples import monitoring, show, tiny_lm
 from structadapt.examples.options import (
     Settings,
     build_adapter,
@@ -40,6 +40,7 @@ from structadapt.examples.options import (
     learning_rate,
 )
 from structadapt.examples.process import first_interrupt, peak_memory_mib
+from structadapt.examples.show import collapsed_at
 from structadapt.files import write_atomically
 from structadapt.layers import find_adapted
 
@@ -133,17 +134,20 @@ class Run:
         cold = time.perf_counter()
 
         before = None if interrupted() else self._accuracy()
-        steps, failure = self._grpo(parameters, progress, interrupted)
+        monitor = monitoring.watch(self.model, self.settings.monitor, self.adapter is None)
+        steps, failure = self._grpo(parameters, monitor, progress, interrupted)
         after = None if interrupted() or failure else self._accuracy()
         done = time.perf_counter()
 
-        progress.say(show.curves(steps, self.out / "curves.png", str(self.adapter or "full")))
+        picture, title = self.out / "curves.png", str(self.adapter or "full")
+        progress.say(show.curves(steps, monitoring.history(monitor), picture, title))
         summary = {
             "adapter": repr(self.adapter) if self.adapter else "full fine-tuning",
             "parameters": sum(p.numel() for p in parameters),
             "before": before,
             "after": after,
             "collapsed_at": collapsed_at(steps),
+            "monitor": monitoring.summary(monitor),
             "dead_steps": [s["step"] for s in steps if s["updates"] == 0],
             "steps": len(steps),
             "interrupted": interrupted(),
@@ -187,6 +191,7 @@ class Run:
     def _grpo(
         self,
         parameters: list[nn.Parameter],
+        monitor: sa.spectra.Monitor | None,
         progress: show.Progress,
         interrupted: Callable[[], bool],
     ) -> tuple[list[dict[str, Any]], str | None]:
@@ -207,6 +212,7 @@ class Run:
             tokenizer=tiny_lm.CharTokenizer(),
             rollout_context=self._rollout_context,
             scheduler=decay,
+            observers=[monitor] if monitor else [],
             checkpoints=self._states,
         )
         self._states.reopen()  # here summary.json says what is finished
@@ -225,6 +231,8 @@ class Run:
                     steps.append({**asdict(record), "held_out": held_out})
                     log.write(json.dumps(steps[-1]) + "\n")
                     log.flush()
+                    if monitor:
+                        monitor.to_jsonl(self.out / "monitor.jsonl")
                     progress.step(steps[-1], total)
                     if look or interrupted():
                         self._save()
@@ -298,18 +306,6 @@ class Run:
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.out / name, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def collapsed_at(steps: list[dict[str, Any]]) -> int | None:
-    """The step from which on the reward stayed under a tenth of step 0's, or None.
-
-    At least three steps to the end of the run have to lie under it. A run that never had a reward
-    has not collapsed.
-    """
-    if not steps or steps[0]["reward"] == 0:
-        return None
-    alive = [s["step"] for s in steps if s["reward"] >= steps[0]["reward"] / 10]
-    return alive[-1] + 1 if len(steps) - alive[-1] > 3 else None
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class Settings:
     seed: int = 0
     prompts: int = 8192
     cold_start: float = 0.2
+    monitor: int = 1
     out: str | None = None
 
     @property
@@ -52,6 +53,7 @@ class Settings:
             ("seed", 0, 2**63),
             ("lr", 1e-12, 1e3),
             ("cold_start", 0, 1),
+            ("monitor", 0, 2**31),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -59,6 +61,7 @@ class Settings:
                 raise ValueError(f"--{option} must be from {low:g} to {high:g}, got {value}")
 
 
+_MONITOR = "look at the updates' spectra every N steps (default: 1; 0: never)"
 _COLD_START = "sampled held-out accuracy that ends the cold start (default: 0.2; 0: no cold start)"
 
 
@@ -82,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
     add("--seed", type=int, default=0, help="of base model, data and noise (default: 0)")
     add("--prompts", type=int, default=8192, help="prompts of the GRPO epoch (default: 8192)")
     add("--cold-start", type=float, default=0.2, metavar="ACC", help=_COLD_START)
+    add("--monitor", type=int, default=1, metavar="N", help=_MONITOR)
     add("--out", metavar="DIR", help="directory for the results (default: a new one in runs); "
         "of a run that was stopped: it goes on")  # fmt: skip
     add("--json", action="store_true", help="print the summary as JSON and nothing else")

@@ -1,5 +1,6 @@
 """What the example prints and draws."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -130,6 +131,18 @@ def collapse(summary: dict[str, Any]) -> str | None:
     return text + "\nA lower --lr, or a lower --alpha at the same rank, takes smaller first steps."
 
 
+def collapsed_at(steps: list[dict[str, Any]]) -> int | None:
+    """The step from which on the reward stayed under a tenth of step 0's, or None.
+
+    At least three steps to the end of the run have to lie under it. A run that never had a reward
+    has not collapsed.
+    """
+    if not steps or steps[0]["reward"] == 0:
+        return None
+    alive = [s["step"] for s in steps if s["reward"] >= steps[0]["reward"] / 10]
+    return alive[-1] + 1 if len(steps) - alive[-1] > 3 else None
+
+
 def spectra(rows: list[dict[str, Any]]) -> list[str]:
     """A table of the update, one line a matrix and their medians."""
     columns = (
@@ -155,16 +168,19 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}" if value < 1 else f"{value:.2f}"
 
 
-def curves(steps: list[dict[str, Any]], path: Path, title: str) -> str:
-    """Draw reward and held-out accuracy over the steps to a PNG; returns a line to print."""
+def curves(
+    steps: list[dict[str, Any]], readings: list[dict[str, Any]], path: Path, title: str
+) -> str:
+    """Draw reward and held-out accuracy over the steps, and below what the monitor saw, if there
+    was one, to a PNG; returns a line to print."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return "no picture: pip install 'structadapt[plot]' draws curves.png"
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 7 if readings else 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    axes, *below = figure.subplots(2 if readings else 1, sharex=True, squeeze=False).flatten()
     axes.plot(
         [s["step"] for s in steps],
         [s["reward"] for s in steps],
@@ -181,8 +197,36 @@ def curves(steps: list[dict[str, Any]], path: Path, title: str) -> str:
         linewidth=2,
         label="held-out sampled accuracy",
     )
-    axes.set(xlabel="GRPO step", ylabel="share of right answers", ylim=(-0.03, 1.03), title=title)
+    axes.set(ylabel="share of right answers", ylim=(-0.03, 1.03), title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
+    for axes_below in below:
+        _updates(axes_below, readings)
+    figure.get_axes()[-1].set_xlabel("GRPO step")
     figure.savefig(path, dpi=150)
     return f"picture: {path}"
+
+
+def _updates(axes: Any, readings: list[dict[str, Any]]) -> None:
+    """Size and concentration of the updates: medians over the layers, bands of 10 to 90 %; the
+    monitor's states as a shade behind."""
+    steps = [r["step"] for r in readings]
+    for name, label, colour, style in (
+        ("relative_spectral", r"$s_1(\Delta W)\,/\,s_1(W)$", "#D55E00", "-"),
+        ("topk_energy", "energy of the first direction", "#0072B2", "--"),
+        ("of_null", "participation ratio / random", "#009E73", ":"),
+    ):
+        bands = [[math.nan if v is None else v for v in r["bands"][name]] for r in readings]
+        low, middle, high = zip(*bands, strict=True)
+        axes.plot(steps, middle, color=colour, linestyle=style, linewidth=2, label=label)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    shades = {"concentrated": "#F0E442", "collapsing": "#E69F00", "collapsed": "#CC79A7"}
+    for state, colour in shades.items():
+        named = f"state: {state}"
+        for r, end in zip(readings, [*steps[1:], steps[-1] + 1], strict=True):
+            if r["state"] == state:
+                axes.axvspan(r["step"], end, color=colour, alpha=0.25, linewidth=0, label=named)
+                named = "_"  # in the legend once
+    axes.set(ylabel="the updates, layer by layer", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small")

@@ -5,7 +5,7 @@ It sees a module, an optimizer, a reward and contexts to run in, and knows nothi
 
 from structadapt.grpo.config import Config, Step
 from structadapt.grpo.evaluation import Evaluation, Interval, evaluate, pass_at_k
-from structadapt.grpo.guard import CollapseError, Guard
+from structadapt.grpo.guard import CollapseError, Guard, Observer
 from structadapt.grpo.loop import steps_in, train
 from structadapt.grpo.objective import (
     advantages,
@@ -30,6 +30,7 @@ __all__ = [
     "Evaluation",
     "Guard",
     "Interval",
+    "Observer",
     "Preflight",
     "Rollout",
     "Sandbox",

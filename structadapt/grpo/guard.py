@@ -1,13 +1,28 @@
 """What ends an RLVR run that goes on running, seen while it happens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any, Protocol
 
 from structadapt.grpo.config import Step
 
 
 class CollapseError(RuntimeError):
     """The policy has collapsed; the message says what was seen."""
+
+
+class Observer(Protocol):
+    """What `train` lets look at every step, after the guard did (`spectra.Monitor` is one).
+
+    `after` returns sentences that join the step's alarms, on every process the same; it must leave
+    the model and the global random number generators alone. The state, of dicts with texts or
+    numbers as keys, lists, tensors, texts, numbers and None, is kept in the run's checkpoints.
+    """
+
+    def after(self, step: Step) -> Sequence[str]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
 @dataclass

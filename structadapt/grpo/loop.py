@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from structadapt.grpo import objective, processes
 from structadapt.grpo.config import Config, Step
-from structadapt.grpo.guard import CollapseError, Guard
+from structadapt.grpo.guard import CollapseError, Guard, Observer
 from structadapt.grpo.resume import Checkpoints
 from structadapt.grpo.rewards import Prompt, Reward, record, with_meta
 from structadapt.grpo.sampling import Batch, Sampler
@@ -38,6 +38,7 @@ def train(
     reference: Context | None = None,
     scheduler: Any = None,
     guard: Guard | None = None,
+    observers: Sequence[Observer] = (),
     checkpoints: Checkpoints | None = None,
 ) -> Iterator[Step]:
     """Go once through `prompts` with GRPO, yielding a `Step` after each update.
@@ -63,6 +64,8 @@ def train(
         `lambda: structadapt.disabled(model)`.
     scheduler: anything with step(), called after each step of the optimizer.
     guard: the limits of the alarms in `Step`; by default `Guard()`.
+    observers: each looks at every step, and what it says joins the step's alarms; on several
+        processes each of them looks, and the first one's word counts.
     checkpoints: where to keep the state, and to go on from it if there is one: the run continues as
         if it had not been stopped, with the record of the last step it had saved.
 
@@ -75,7 +78,7 @@ def train(
     learner, sampler = prepared(
         model, optimizer, prompts, reward, config, tokenizer, rollout_context, reference, scheduler
     )
-    return _steps(learner, sampler, guard or Guard(), checkpoints)
+    return _steps(learner, sampler, guard or Guard(), observers, checkpoints)
 
 
 def prepared(
@@ -120,11 +123,15 @@ def steps_in(prompts: int, config: Config) -> int:
 
 
 def _steps(
-    learner: Learner, sampler: Sampler, guard: Guard, checkpoints: Checkpoints | None
+    learner: Learner,
+    sampler: Sampler,
+    guard: Guard,
+    observers: Sequence[Observer],
+    checkpoints: Checkpoints | None,
 ) -> Iterator[Step]:
     config, start, first = learner.config, 0, 0
     if checkpoints is not None:
-        found = checkpoints.restore(learner, guard, sampler.records)
+        found = checkpoints.restore(learner, guard, sampler.records, observers)
         if found is not None:
             start, first = found.prompts, found.step + 1
             yield found
@@ -142,14 +149,22 @@ def _steps(
             raise
         record = replace(record, prompts=start)
         record = replace(record, alarms=guard.look(record))
+        if observers:
+            record = replace(record, alarms=record.alarms + _said(observers, record))
         if checkpoints is not None:
             last = start >= len(sampler.records)
-            checkpoints.save(learner, guard, sampler.records, record, last)
+            checkpoints.save(learner, guard, sampler.records, record, last, observers)
         yield record
         _stop_at(record, config)
         step += 1
     if checkpoints is not None:  # after the last record was taken
         checkpoints.finish()
+
+
+def _said(observers: Sequence[Observer], record: Step) -> tuple[str, ...]:
+    """What the observers say of a step: the same on every process, as all stop or none does."""
+    said = processes.whole(lambda: [word for o in observers for word in o.after(record)])
+    return tuple(processes.gather(said)[0])
 
 
 def _stop_at(record: Step, config: Config) -> None:

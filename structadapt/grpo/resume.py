@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import random
 import re
 import shutil
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -20,7 +18,8 @@ from torch import Tensor
 from structadapt.files import whole_folder, write_atomically
 from structadapt.grpo import processes, sharded
 from structadapt.grpo.config import Step
-from structadapt.grpo.guard import Guard
+from structadapt.grpo.generators import put_random_state, random_state
+from structadapt.grpo.guard import Guard, Observer
 from structadapt.grpo.nested import flatten, unflatten
 from structadapt.grpo.rewards import Record
 from structadapt.grpo.rollout import Rollout
@@ -35,13 +34,13 @@ class Checkpoints:
     """A folder with the last states of a run; ValueError for `every` or `keep` below 1.
 
     A state is the folder step-N: everything that the next step depends on, that is what the
-    optimizer trains, the model's buffers, the optimizer, the scheduler, the guard, the data's
-    position and the random number generators of Python, NumPy and torch. (The sampler has none: its
-    noise is keyed by what it is for.) Frozen weights are not in it; a fingerprint of them is. It is
-    written beside its place and moved there when all of it is on the disk, and older ones go only
-    then; a state whose content does not match its hash is passed over. What is sharded over the
-    processes (DTensors) is written by each of them, with torch.distributed.checkpoint: never whole
-    in one place.
+    optimizer trains, the model's buffers, the optimizer, the scheduler, the guard, what observers
+    keep, the data's position and the random number generators of Python, NumPy and torch. (The
+    sampler has none: its noise is keyed by what it is for.) Frozen weights are not in it; a
+    fingerprint of them is. It is written beside its place and moved there when all of it is on the
+    disk, and older ones go only then; a state whose content does not match its hash is passed over.
+    What is sharded over the processes (DTensors) is written by each of them, with
+    torch.distributed.checkpoint: never whole in one place.
     """
 
     folder: Path
@@ -53,14 +52,15 @@ class Checkpoints:
             raise ValueError(f"every and keep must be at least 1, got {self.every}, {self.keep}")
 
     def save(
-        self, learner: Learner, guard: Guard, records: Sequence[Record], step: Step, last: bool
-    ) -> None:
+        self, learner: Learner, guard: Guard, records: Sequence[Record], step: Step, last: bool,
+        observers: Sequence[Observer] = (),
+    ) -> None:  # fmt: skip
         """Write the state after a step, if it is one of every `every` or the last."""
         if not last and (step.step + 1) % self.every:
             return
-        state, tensors = flatten(_state(learner, guard))
+        state, tensors = flatten(_state(learner, guard, observers))
         random_states = processes.gather(random_state())
-        known = {"identity": identify(learner, guard, records), "state": state}
+        known = {"identity": identify(learner, guard, records, observers), "state": state}
         shards = {n: tensors.pop(n) for n in [*tensors] if sharded.is_sharded(tensors[n])}
         with ExitStack() as unfinished:
             new = processes.whole(lambda: learner.rank or self._begin(step, unfinished))
@@ -121,7 +121,10 @@ class Checkpoints:
         named = [p for p in self.folder.iterdir() if re.fullmatch(r"step-\d{8}", p.name)]
         return sorted(named, reverse=True)
 
-    def restore(self, learner: Learner, guard: Guard, records: Sequence[Record]) -> Step | None:
+    def restore(
+        self, learner: Learner, guard: Guard, records: Sequence[Record],
+        observers: Sequence[Observer] = (),
+    ) -> Step | None:  # fmt: skip
         """Put the newest whole state back; its step, or None if there is none.
 
         Every process reads it, so all have to see the folder. Raises ValueError for the state of a
@@ -143,7 +146,7 @@ class Checkpoints:
         if found is None:
             return None
         content, tensors, folder = found
-        here = json.loads(json.dumps(identify(learner, guard, records)))
+        here = json.loads(json.dumps(identify(learner, guard, records, observers)))
         stored = content["identity"]
         other = [name for name in here if stored.get(name) != here[name]]
         if other:
@@ -152,7 +155,10 @@ class Checkpoints:
                 f"the run in {self.folder} is another one: its {name} is "
                 f"{_short(stored.get(name))}, and here {_short(here[name])}"
             )
-        _put(learner, guard, unflatten(content["state"], tensors), folder / sharded.FOLDER)
+        state = unflatten(content["state"], tensors)
+        _put(learner, guard, state, folder / sharded.FOLDER)
+        for observer, kept in zip(observers, state["observers"], strict=True):
+            observer.load_state_dict(kept)
         put_random_state(unflatten(content["random"], tensors)[learner.rank])
         step = content["step"]
         return Step(**{**step, "alarms": tuple(step["alarms"])})
@@ -200,7 +206,9 @@ def _is_good(folder: Path) -> bool:
 # -- what a run is, and its state ------------------------------------------------------------------
 
 
-def identify(learner: Learner, guard: Guard, records: Sequence[Record]) -> dict[str, Any]:
+def identify(
+    learner: Learner, guard: Guard, records: Sequence[Record], observers: Sequence[Observer] = ()
+) -> dict[str, Any]:
     """What has to be the same for a run to go on."""
     told = json.dumps([(record.ids, record.meta) for record in records], default=repr)
     prompts = hashlib.sha256(told.encode()).hexdigest()
@@ -228,10 +236,11 @@ def identify(learner: Learner, guard: Guard, records: Sequence[Record]) -> dict[
         "scheduler": type(learner.scheduler).__name__,
         "guard's limits": [guard.patience, guard.max_kl, guard.length_factor],
         "number of processes": learner.size,
+        "observers": [type(observer).__name__ for observer in observers],
     }
 
 
-def _state(learner: Learner, guard: Guard) -> dict[str, Any]:
+def _state(learner: Learner, guard: Guard, observers: Sequence[Observer] = ()) -> dict[str, Any]:
     scheduler = learner.scheduler
     return {
         "parameters": dict(learner.parameters),
@@ -240,6 +249,7 @@ def _state(learner: Learner, guard: Guard) -> dict[str, Any]:
         "scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
         "nonfinite": [learner.nonfinite, learner.left_out, learner.attempts],
         "guard": {"equal": guard.equal, "lengths": guard.lengths},
+        "observers": [observer.state_dict() for observer in observers],
     }
 
 
@@ -272,27 +282,6 @@ def _like(target: Tensor, value: Any, shards: dict[str, Tensor]) -> Any:
         return value
     shards[value.name] = torch.empty_like(target, dtype=value.dtype)
     return shards[value.name]
-
-
-def random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-    }
-
-
-def put_random_state(state: dict[str, Any]) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _short(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structadapt.grpo.resume import put_random_state, random_state
+from structadapt.grpo.generators import put_random_state, random_state
 from structadapt.grpo.rollout import modes
 
 Put = Callable[[], Any]

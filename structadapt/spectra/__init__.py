@@ -8,10 +8,16 @@ from structadapt.spectra.measures import (
     stable_rank,
     topk_energy,
 )
+from structadapt.spectra.monitor import Monitor, Reading
 from structadapt.spectra.report import Report, analyze
+from structadapt.spectra.states import Row, Thresholds
 
 __all__ = [
+    "Monitor",
+    "Reading",
     "Report",
+    "Row",
+    "Thresholds",
     "analyze",
     "effective_rank",
     "effective_rank_energy",

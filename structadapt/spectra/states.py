@@ -1,0 +1,199 @@
+"""What the size and the concentration of updates say: healthy, concentrated, collapsing, collapsed.
+
+Concentration alone is no failure: a target of rank 1 is reached with an update of rank 1. What
+ruins a policy is an update that grows too fast beside the weights, or one that grows while it
+loses its directions. So two axes are read, and their history.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+STATES = ("healthy", "concentrated", "collapsing", "collapsed")
+ALARMS = ("collapsing", "collapsed")
+MEASURES = (
+    "participation_ratio", "of_null", "topk_energy", "relative_norm", "relative_spectral",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where states begin. The defaults come from the runs of docs/monitor.md on one small model;
+    they are no constants of nature."""
+
+    concentrated_energy: float = 0.5  # topk_energy from which an update is concentrated
+    concentrated_null: float = 0.25  # and of_null up to which it is
+    collapsing_speed: float = 0.2  # rise of relative_spectral over the square root of the steps
+    collapsed_speed: float = 0.36
+    fall: float = 0.5  # of_null beside its highest; with
+    growth: float = 2.0  # relative_spectral that grew so many times since then, and
+    large: float = 1.0  # is at least this
+    window: int = 3  # checks that such a fall lasts
+    share: float = 0.5  # of the modules that make the model's state
+    rise: int = 1  # checks in a row that bring a worse state
+    settle: int = 5  # checks in a row that bring a better one
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module at one check; fields as in a `Report`, norms beside the frozen weight's."""
+
+    name: str
+    shape: tuple[int, int]  # (out, in)
+    kind: str  # the adapter's class, or "weight"
+    participation_ratio: float  # D_2; 0.0 for an update of zeros
+    of_null: float  # D_2 over that of a random update of the same shape and rank
+    topk_energy: float  # share of the largest singular value, k = 1
+    relative_norm: float  # |dW|_F / |W|_F; inf beside a W of zeros
+    relative_spectral: float  # s_1(dW) / s_1(W)
+    magnitude_mean: float  # of DoRA: mean and largest |m / |W|_row - 1|
+    magnitude_max: float
+    state: str = "healthy"
+
+
+def row_of(update: Any, base: Any, F: float, D_2: float, p_1: float, *drift: float) -> Row:
+    """A row of an `updates.Update` and its `updates.Base`, from what `updates.measure` found."""
+    norm, top = math.sqrt(F), math.sqrt(F * p_1)
+    return Row(
+        update.name, update.shape, update.kind, D_2, D_2 / update.null, p_1,
+        _ratio(norm, base.frobenius), _ratio(top, base.spectral), drift[0], drift[1],
+    )  # fmt: skip
+
+
+def _ratio(size: float, base: float) -> float:
+    return 0.0 if size == 0 else size / base if base else math.inf
+
+
+def band(values: Sequence[float]) -> tuple[float, float, float]:
+    """10 % quantile, median and 90 % quantile."""
+    with np.errstate(invalid="ignore"):  # inf - inf
+        low, middle, high = np.quantile(np.asarray(values, dtype=np.float64), (0.1, 0.5, 0.9))
+    return float(low), float(middle), float(high)
+
+
+# -- the history -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Past:
+    """What is remembered of one module."""
+
+    state: str = "healthy"
+    recent: list[str] = field(default_factory=list)  # what each of the last checks said by itself
+    sizes: list[float] = field(default_factory=list)  # relative_spectral of the last checks
+    peak: float = 0.0  # highest of_null that was seen
+    size_at_peak: float = 0.0  # relative_spectral there
+    falling: int = 0  # checks in a row with a fallen of_null
+
+    def settle(self, said: str, limits: Thresholds) -> str:
+        """The state after one more check: worse ones after `rise` in a row that say so, better
+        ones after `settle`."""
+        self.recent = [*self.recent, said][-max(limits.rise, limits.settle) :]
+        ranks = [STATES.index(state) for state in self.recent]
+        now = STATES.index(self.state)
+        if len(ranks) >= limits.rise:
+            now = max(now, min(ranks[-limits.rise :]))
+        if len(ranks) >= limits.settle:
+            now = min(now, max(ranks[-limits.settle :]))
+        self.state = STATES[now]
+        return self.state
+
+
+class Judge:
+    """The states of the modules and of the model, from one check to the next.
+
+    every: calls of `Monitor.step` from one check to the next. start: relative_spectral of every
+    module before the first, by name.
+    """
+
+    def __init__(self, limits: Thresholds, every: int, start: dict[str, float]) -> None:
+        self.limits, self.every = limits, every
+        self.state = "healthy"  # of the model
+        self.modules = {name: Past(sizes=[size]) for name, size in start.items()}
+        self.best_reward = -math.inf
+
+    def look(
+        self, rows: Sequence[Row], reward: float | None = None
+    ) -> tuple[tuple[Row, ...], str, str]:
+        """The rows with their states, the model's state, and one sentence that says why."""
+        whys: dict[str, str] = {}
+        judged = []
+        for row in rows:
+            past = self.modules[row.name]
+            said, why = said_of(past, row, self.every, self.limits)
+            judged.append(replace(row, state=past.settle(said, self.limits)))
+            whys[row.name] = why
+        said = said_of_model(judged, self.limits)
+        if reward is not None:
+            self.best_reward = max(self.best_reward, reward)
+            if reward < self.best_reward / 10:  # no better than before, and dead if it was near it
+                said = max(said, self.state, key=STATES.index)
+                said = "collapsed" if said == "collapsing" else said
+        self.state = said
+        return tuple(judged), said, _evidence(judged, said, whys)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is remembered, as dicts, lists, numbers and texts."""
+        modules = {name: dict(vars(past)) for name, past in self.modules.items()}
+        return {"state": self.state, "modules": modules, "best_reward": self.best_reward}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state["state"]
+        self.modules = {name: Past(**past) for name, past in state["modules"].items()}
+        self.best_reward = state["best_reward"]
+
+
+def said_of(past: Past, row: Row, every: int, limits: Thresholds) -> tuple[str, str]:
+    """What one check says of a module by itself, and why; `past` goes one check on."""
+    size, before = row.relative_spectral, past.sizes[-1]
+    if not all(map(math.isfinite, (row.topk_energy, row.relative_norm, row.participation_ratio))):
+        return "collapsed", "its update is not finite, or its weight is 0"
+    past.sizes = [*past.sizes, size][-2:]
+    if size == before and past.recent:  # nothing moved, so nothing can be better than it was
+        return past.recent[-1], f"its update stands still at {size:.2g} times its weight"
+    if row.of_null > past.peak:
+        past.peak, past.size_at_peak = row.of_null, size
+    fallen = row.of_null <= limits.fall * past.peak and size >= limits.growth * past.size_at_peak
+    past.falling = past.falling + 1 if fallen and size >= limits.large else 0
+    speed = (size - before) / every**0.5  # steps in random directions add up so
+    steps = "one step" if every == 1 else f"{every} steps"
+    grew = f"its update grew by {size - before:.2g} of its weight in {steps}"
+    few = f"{row.topk_energy:.0%} of its update's energy is in one direction"
+    if speed >= limits.collapsed_speed:
+        return "collapsed", grew
+    if past.falling >= limits.window and row.topk_energy >= limits.concentrated_energy:
+        return "collapsed", f"{few}, {size:.2g} times its weight"
+    if past.falling >= limits.window:
+        left = f"it has {row.of_null / past.peak:.0%} of the directions it had"
+        return "collapsing", f"{left}, and grew to {size:.2g} times its weight"
+    if speed >= limits.collapsing_speed:
+        return "collapsing", grew
+    few_of_null = 0 < row.of_null <= limits.concentrated_null
+    if few_of_null and row.topk_energy >= limits.concentrated_energy:
+        return "concentrated", few
+    return "healthy", f"its update is {size:.2g} times its weight"
+
+
+def said_of_model(rows: Sequence[Row], limits: Thresholds) -> str:
+    """The worst state that enough of the modules have, or a worse one."""
+    for rank in range(len(STATES) - 1, 0, -1):
+        if sum(STATES.index(row.state) >= rank for row in rows) >= limits.share * len(rows):
+            return STATES[rank]
+    return STATES[0]
+
+
+def _evidence(rows: Sequence[Row], state: str, whys: dict[str, str]) -> str:
+    """How many modules, and the worst of them."""
+    there = [row for row in rows if STATES.index(row.state) >= STATES.index(state)]
+    if state == "healthy" or not there:
+        sizes = [row.relative_spectral for row in rows]
+        middle = band(sizes)[1]
+        return f"the updates of {len(rows)} modules are {middle:.2g} times their weights (median)"
+    worst = max(there, key=lambda row: row.relative_spectral)
+    return (
+        f"{len(there)} of {len(rows)} modules; the largest, {worst.name}: {whys[worst.name]} "
+        "(spectral norms)"
+    )
