@@ -1,5 +1,9 @@
-"""What an update looks like: measures of singular values, and reports over models and files."""
+"""What weights and their updates look like: measures of singular values, and reports over
+models, checkpoints and adapters."""
 
+from structadapt.spectra.analysis import analyze
+from structadapt.spectra.comparing import Comparison, compare
+from structadapt.spectra.evidence import Finding, Thresholds, findings
 from structadapt.spectra.measures import (
     effective_rank,
     effective_rank_energy,
@@ -8,13 +12,18 @@ from structadapt.spectra.measures import (
     stable_rank,
     topk_energy,
 )
-from structadapt.spectra.report import Report, analyze
+from structadapt.spectra.report import Report
 
 __all__ = [
+    "Comparison",
+    "Finding",
     "Report",
+    "Thresholds",
     "analyze",
+    "compare",
     "effective_rank",
     "effective_rank_energy",
+    "findings",
     "participation_ratio",
     "singular_values",
     "stable_rank",
