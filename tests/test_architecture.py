@@ -55,7 +55,7 @@ MAY_IMPORT = {
         "surgery",
         "targets",
     },
-    "spectra": {"checkpoint", "layers"},
+    "spectra": {"adapted", "adapters", "checkpoint", "interop", "layers", "quantised"},
     "grpo": {"files", "ops"},
     "integrations": {"adapted", "adapters", "checkpoint", "files", "layers", "merging", "surgery"},
     "examples": {"structadapt", "adapters", "checkpoint", "files", "layers"},
