@@ -74,7 +74,7 @@ def main(options: argparse.Namespace) -> int:
         return BAD_INPUT
     if evidence.failing(found, options.fail_on):
         return FINDING
-    return PARTIAL if any(not tables.usable(row) for row in report.rows) else 0
+    return PARTIAL if evidence.incomplete(report) else 0
 
 
 def _analysed(options: argparse.Namespace) -> Report:

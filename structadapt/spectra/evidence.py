@@ -119,6 +119,19 @@ def failing(found: Iterable[Finding], asked: Iterable[str]) -> list[Finding]:
     return [f for f in found if f.kind in asked or "any" in asked]
 
 
+def incomplete(report: Report) -> bool:
+    """Whether a matrix of floats was left out that should have been looked at: not what is tied to
+    another, nor what only needs a base."""
+    left_out = [
+        entry["reason"]
+        for entry in report.skipped
+        if len(entry["shape"]) > 1 and entry["dtype"] not in ("int64", "bool")
+    ]
+    fine = ("the same storage as", "another tensor", "trained whole beside the adapters")
+    failed = any(row["status"] == "skipped" for row in report.rows)
+    return failed or any(not reason.startswith(fine) for reason in left_out)
+
+
 def _beside(row: Row, measure: str, form: str) -> str:
     null = row.get(f"{measure}_null")
     return "" if null is None else f" (random: {form.format(null)})"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structadapt.spectra import engine, measures
+from structadapt.spectra import engine, measures, powerlaw
 from structadapt.spectra.columns import COLUMNS, NULLED
 from structadapt.spectra.places import Place
 from structadapt.spectra.report import Row
@@ -107,7 +107,29 @@ def _own(spectrum: engine.Spectrum, matrix: Matrix, max_rank: int) -> dict[str, 
     dtype = torch.float64 if double else torch.float32
     edge = measures.noise_edge(matrix.step, matrix.shape)
     found = measures.summary(spectrum.s, matrix.shape, dtype, edge)
+    found.update(powerlaw.summary(spectrum.s))
+    if found["condition"] is not None and math.isinf(found["condition"]):
+        found["condition"] = None
     return {**found, "method": spectrum.method, "sigma_floor": spectrum.floor}
+
+
+def _beside(spectrum: engine.Spectrum, matrix: Matrix, weight: Weight) -> dict[str, Any]:
+    """How large an update is beside its weight, and how it lies to it."""
+    W = weight.spectrum.s
+    found: dict[str, Any] = {}
+    if len(W) and W[0] > 0:
+        found["relative_norm"] = _ratio(
+            measures.frobenius_norm(spectrum.s), measures.frobenius_norm(W)
+        )
+        found["relative_spectral"] = spectrum.s[0].item() / W[0].item()
+    if matrix.magnitude is not None:
+        drift = matrix.magnitude().abs()
+        found.update(magnitude_mean=drift.mean().item(), magnitude_max=drift.max().item())
+    return found
+
+
+def _ratio(value: float | None, null: float | None) -> float | None:
+    return None if value is None or not null else value / null
 
 
 def _words(error: BaseException) -> str:
