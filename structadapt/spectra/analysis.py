@@ -34,6 +34,7 @@ def analyze(
     workers: int | None = None,
     allow_missing: bool = False,
     strict: bool = False,
+    relations: bool = True,
     progress: Progress | None = None,
 ) -> Report:
     """Spectral measures of the weights or the updates in a source, one row a matrix.
@@ -52,13 +53,16 @@ def analyze(
     allow_missing: go on where the base lacks a matrix.
     strict: raise for the first matrix that cannot be analysed; otherwise its row is "skipped",
         with the reason, and the others go on.
+    relations: with a base, also how the update lies to W: NSS drift, principal angles, off-principal
+        energy and intruder dimensions. They need singular vectors of W and W', several times the
+        work of singular values for large matrices.
     progress: called as (matrices done, all, share of the work done, name) from any thread.
 
     Raises FileNotFoundError; ValueError for a source or base that is damaged, not understood, or
     lacks matrices, and for settings that do not exist.
     """
     began = time.perf_counter()
-    settings = Settings(method, _device(device), strict)
+    settings = Settings(method, _device(device), strict, relations)
     opened = open_source(
         source, base, allow_missing=allow_missing, include=include, exclude=exclude
     )
@@ -71,7 +75,9 @@ def analyze(
         "device": str(settings.device),
         "structadapt": version("structadapt"),
         "torch": torch.__version__,
-        "files": [dict(zip(("path", "bytes", "sha256"), file, strict=True)) for file in opened.files],
+        "files": [
+            dict(zip(("path", "bytes", "sha256"), file, strict=True)) for file in opened.files
+        ],
         "seconds": time.perf_counter() - began,
     }
     skipped = [asdict(entry) for entry in opened.skipped]
@@ -164,7 +170,9 @@ def _spectra(found: list[Found]) -> dict[str, np.ndarray]:
 def _notes(opened: Opened, found: list[Found]) -> list[str]:
     """What the source says, and where rounding decides the ranks."""
     rows = [item.row for item in found if item.row["rank_above_noise"] is not None]
-    drowned = [r for r in rows if r["frobenius_norm"] and r["rank_above_noise"] < r["numerical_rank"]]
+    drowned = [
+        r for r in rows if r["frobenius_norm"] and r["rank_above_noise"] < r["numerical_rank"]
+    ]
     notes = list(opened.notes)
     if drowned:
         notes.append(
@@ -177,4 +185,3 @@ def _notes(opened: Opened, found: list[Found]) -> list[str]:
         notes.append(f"values came about in {len(paths)} ways ({'; '.join(sorted(paths))}): compare "
                      "ranks within one of them")  # fmt: skip
     return notes
-

@@ -53,7 +53,9 @@ MEASURES = (
     Column("k99", "k99", "fewest directions with 99 % of the energy", null=True),
     Column("numerical_rank", "num. rank", "#{s_i > s_1 max(out, in) eps}, as torch's matrix_rank"),
     Column("rank_above_noise", "above noise", "#{s_i > noise_edge}"),
-    Column("noise_edge", "noise edge", "sqrt(mean ulp^2 / 12) (sqrt out + sqrt in) of a difference"),
+    Column(
+        "noise_edge", "noise edge", "sqrt(mean ulp^2 / 12) (sqrt out + sqrt in) of a difference"
+    ),
     Column("effective_rank_cut", "eff. rank, cut", "effective_rank of the s_i above noise_edge"),
     Column("spectral_norm", "|.|_2", "s_1, not squared"),
     Column("frobenius_norm", "|.|_F", "sqrt(sum e), not squared"),
@@ -75,9 +77,19 @@ MEASURES = (
     Column("nss_drift", "NSS drift", "|s(W') - s(W)|_2 / |s(W)|_2"),
     Column("angle_left_max", "angle left", "largest principal angle of the top left subspaces"),
     Column("angle_right_max", "angle right", "the same of the right subspaces"),
-    Column("off_principal_left", "off left", "share of |dW|_F^2 outside W's top left directions"),
-    Column("off_principal_right", "off right", "share outside W's top right directions"),
-    Column("off_principal_both", "off both", "share outside the top directions of both sides"),
+    Column(
+        "off_principal_left",
+        "off left",
+        "share of |dW|_F^2 outside W's top left directions",
+        null=True,
+    ),
+    Column("off_principal_right", "off right", "share outside W's top right directions", null=True),
+    Column(
+        "off_principal_both",
+        "off both",
+        "share outside the top directions of both sides",
+        null=True,
+    ),
     Column("intruders", "intruders", "of the top 10 left vectors of W', those like none of W"),
     Column("sparsity", "unchanged", "share of weights that did not change"),
     Column("magnitude_mean", "m drift", "DoRA: mean of |m / |W|_row - 1|"),

@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help="leave out what the base lacks, instead of stopping")  # fmt: skip
     what.add_argument("--strict", action="store_true",
                       help="stop at the first matrix that cannot be analysed")  # fmt: skip
+    what.add_argument(
+        "--no-relations",
+        action="store_true",
+        help="leave out how updates lie to W: most of the time of a large base",
+    )
     what.add_argument("--method", choices=("auto", "gram", "svd"), default="auto",
                       help="svd: exact for tiny singular values too, but slower")  # fmt: skip
     what.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -90,6 +95,7 @@ def _analysed(options: argparse.Namespace) -> Report:
             workers=options.workers,
             allow_missing=options.allow_missing,
             strict=options.strict,
+            relations=not options.no_relations,
             progress=meter,
         )
     finally:
@@ -109,7 +115,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
         if Path(options.plots).exists() and not Path(options.plots).is_dir():
             raise NotADirectoryError(f"--plots: {options.plots} is a file, give a folder")
     if not 0 < options.concentrated <= 1:
-        raise ValueError(f"--concentrated must be above 0 and at most 1, got {options.concentrated}")
+        raise ValueError(
+            f"--concentrated must be above 0 and at most 1, got {options.concentrated}"
+        )
     if not options.oversized > 0:
         raise ValueError(f"--oversized must be above 0, got {options.oversized}")
     if options.intruders < 1:

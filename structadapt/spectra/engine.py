@@ -126,14 +126,8 @@ def singular_vectors(
     side are W v / s, made orthonormal. Values and errors as for `spectrum`.
     """
     m, width = shape = _checked_shape(matrix, None)
-    n = min(m, width)
-    G, unit = _gram(_columns(matrix, shape, device), n, device)
-    energy, vectors = torch.linalg.eigh(G)
-    energy, vectors = energy.flip(0).clamp(min=0), vectors.flip(1)
-    floor = n * EPS * (energy[0].item() if n else 0.0)
-    j = min(n if k is None else k, int((energy > floor).sum()))
-    small = vectors[:, :j].contiguous()
-    s = energy[:j].sqrt()
+    s, small, unit = _eigen(matrix, shape, device)
+    s, small = s[:k], small[:, :k].contiguous()
     parts = []
     for _, Y in _columns(matrix, shape, device):  # (n, c): the other side, c vectors at a time
         parts.append((Y * math.ldexp(1.0, -unit)).T @ small)
@@ -142,6 +136,27 @@ def singular_vectors(
     large = Q * R.diagonal().sign()
     U, V = (large, small) if m >= width else (small, large)
     return Basis(U.cpu(), _scale(s, unit).cpu(), V.cpu())
+
+
+def eigenvectors(
+    rows: Rows, shape: tuple[int, int] | None = None, device: str | torch.device = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """(s (j,), vectors (n, j)) of the smaller side n = min(m, k), leading first, on the device:
+    right singular vectors of a tall or square matrix, left ones of a wide one, those above the Gram
+    floor. Arguments and errors as for `spectrum`."""
+    s, vectors, unit = _eigen(rows, _checked_shape(rows, shape), device)
+    return _scale(s, unit), vectors
+
+
+def _eigen(
+    rows: Rows, shape: tuple[int, int], device: str | torch.device
+) -> tuple[Tensor, Tensor, int]:
+    n = min(shape)
+    G, unit = _gram(_columns(rows, shape, device), n, device)
+    energy, vectors = torch.linalg.eigh(G)
+    energy, vectors = energy.flip(0).clamp(min=0), vectors.flip(1)
+    j = int((energy > n * EPS * (energy[0].item() if n else 0.0)).sum())
+    return energy[:j].sqrt(), vectors[:, :j], unit
 
 
 # -- slices ----------------------------------------------------------------------------------------

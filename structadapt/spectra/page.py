@@ -99,7 +99,9 @@ def _table(rows: Sequence[Sequence[Any]], kind: str = "", heads: int = 1) -> str
 def _coverage(report: Report) -> str:
     first, *rest = tables.coverage(report)
     items = "".join(f"<li>{_text(line.strip())}</li>" for line in rest)
-    return f"<p><strong>{_text(first.capitalize())}</strong></p>" + (f"<ul>{items}</ul>" * bool(items))
+    return f"<p><strong>{_text(first.capitalize())}</strong></p>" + (
+        f"<ul>{items}</ul>" * bool(items)
+    )
 
 
 def _findings(found: Sequence[Finding]) -> str:
@@ -184,5 +186,7 @@ def _origin(report: Report) -> str:
         [file["path"], tables.in_bytes(file["bytes"]), file["sha256"] or ""]
         for file in about.get("files", [])
     ]
-    versions = ", ".join(f"{name} {about[name]}" for name in ("structadapt", "torch") if name in about)
+    versions = ", ".join(
+        f"{name} {about[name]}" for name in ("structadapt", "torch") if name in about
+    )
     return "<h2>Files</h2>" + _table(files, "text") + f'<p class="quiet">{_text(versions)}</p>'

@@ -245,9 +245,7 @@ def _lines(axes: Any, rows: Sequence[Row], found: Sequence[np.ndarray], x_of: An
     return handles
 
 
-def _thin(
-    group: Sequence[Row], values: Mapping[int, np.ndarray], x_of: Any, colour: str
-) -> Any:
+def _thin(group: Sequence[Row], values: Mapping[int, np.ndarray], x_of: Any, colour: str) -> Any:
     from matplotlib.collections import LineCollection
 
     lines = []

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structadapt.spectra import engine, measures, powerlaw
+from structadapt.spectra import engine, marchenko_pastur, measures, nulls, powerlaw, relations
 from structadapt.spectra.columns import COLUMNS, NULLED
+from structadapt.spectra.geometry import Vectors, lies
 from structadapt.spectra.places import Place
 from structadapt.spectra.report import Row
 from structadapt.spectra.sources import Matrix
@@ -27,7 +28,8 @@ class Settings:
 
     method: str  # "auto", "gram" or "svd"
     device: torch.device
-    strict: bool  # raise for a matrix that cannot be analysed
+    strict: bool = False  # raise for a matrix that cannot be analysed
+    relations: bool = True  # angles, energy and vectors beside those of W
 
     def __post_init__(self) -> None:
         if self.method not in engine.METHODS:
@@ -50,8 +52,16 @@ class Weight:
         self.matrix, self.settings = matrix, settings
 
     @cached_property
-    def spectrum(self) -> engine.Spectrum:
-        return _spectrum(self.matrix, self.settings)
+    def vectors(self) -> Vectors:
+        return Vectors(self.matrix.rows, self.matrix.shape, self.settings.device)
+
+    @cached_property
+    def s(self) -> Tensor:
+        return (
+            self.vectors.values
+            if self.settings.relations
+            else _spectrum(self.matrix, self.settings).s
+        )
 
 
 def look(matrices: list[Matrix], place: Place, settings: Settings) -> list[Found]:
@@ -73,7 +83,7 @@ def _found(matrix: Matrix, place: Place, weight: Weight | None, settings: Settin
         return Found({**row, "status": "skipped", "reason": _words(error)})
     if weight is not None:
         try:
-            row.update(_beside(spectrum, matrix, weight))
+            row.update(_beside(spectrum.s, matrix, weight))
         except FAULTS as error:
             if settings.strict:
                 raise
@@ -87,12 +97,21 @@ def _blank(matrix: Matrix, place: Place) -> Row:
     for field in ("name", "kind", "shape", "dtype", "source", "precision"):
         row[field] = getattr(matrix, field)
     row.update(layer=place[0], module_type=place[1], n_elements=math.prod(matrix.shape))
-    row.update(max_rank=min(matrix.shape), status="ok", reason="")
+    row.update(max_rank=_max_rank(matrix), status="ok", reason="")
     if matrix.kind == "direction":
         row["reason"] = "direction only: the whole update depends on W, pass base="
         row["status"] = "partial" if matrix.base is None else "ok"
         row["reason"] = "" if matrix.base is not None else row["reason"]
     return row
+
+
+def _max_rank(matrix: Matrix) -> int:
+    """min(out, in), or the rank of the factors; they are read again for the values."""
+    n = min(matrix.shape)
+    try:
+        return n if matrix.factors is None else min(n, matrix.factors()[1].shape[0])
+    except FAULTS:
+        return n  # the row says why there is nothing
 
 
 def _spectrum(matrix: Matrix, settings: Settings) -> engine.Spectrum:
@@ -106,25 +125,45 @@ def _own(spectrum: engine.Spectrum, matrix: Matrix, max_rank: int) -> dict[str, 
     double = matrix.dtype == "float64"
     dtype = torch.float64 if double else torch.float32
     edge = measures.noise_edge(matrix.step, matrix.shape)
-    found = measures.summary(spectrum.s, matrix.shape, dtype, edge)
-    found.update(powerlaw.summary(spectrum.s))
+    found = {
+        **measures.summary(spectrum.s, matrix.shape, dtype, edge),
+        **powerlaw.summary(spectrum.s),
+        **marchenko_pastur.summary(spectrum.s, matrix.shape),
+        "method": spectrum.method,
+        "sigma_floor": spectrum.floor,
+    }
     if found["condition"] is not None and math.isinf(found["condition"]):
         found["condition"] = None
-    return {**found, "method": spectrum.method, "sigma_floor": spectrum.floor}
+    if found["frobenius_norm"]:
+        found.update(_random(found, matrix.shape, max_rank))
+    return found
 
 
-def _beside(spectrum: engine.Spectrum, matrix: Matrix, weight: Weight) -> dict[str, Any]:
+def _random(found: dict[str, Any], shape: tuple[int, int], max_rank: int) -> dict[str, Any]:
+    """<measure>_null and <measure>_ratio of what has a Gaussian null."""
+    null = nulls.null(shape, max_rank if max_rank < min(shape) else None)
+    beside: dict[str, Any] = {}
+    for name in NULLED:
+        if name.startswith("off_principal"):  # its own random share stands beside it
+            continue
+        beside[f"{name}_null"] = null.get(name)
+        beside[f"{name}_ratio"] = _ratio(found.get(name), null.get(name))
+    return beside
+
+
+def _beside(s: Tensor, matrix: Matrix, weight: Weight) -> dict[str, Any]:
     """How large an update is beside its weight, and how it lies to it."""
-    W = weight.spectrum.s
     found: dict[str, Any] = {}
+    W = weight.s
     if len(W) and W[0] > 0:
-        found["relative_norm"] = _ratio(
-            measures.frobenius_norm(spectrum.s), measures.frobenius_norm(W)
-        )
-        found["relative_spectral"] = spectrum.s[0].item() / W[0].item()
-    if matrix.magnitude is not None:
-        drift = matrix.magnitude().abs()
+        found.update(relations.relative_size(s, W))
+    if matrix.magnitude is not None and len(drift := matrix.magnitude().abs()):
         found.update(magnitude_mean=drift.mean().item(), magnitude_max=drift.max().item())
+    if matrix.tuned is not None and matrix.base is not None:
+        pair = matrix.tuned.rows(), matrix.base.rows()
+        found["sparsity"] = relations.update_sparsity(*pair)
+    if weight.settings.relations and matrix.kind != "direction" and found:
+        found.update(lies(matrix, weight.vectors, weight.settings.device))
     return found
 
 

@@ -144,11 +144,13 @@ def type_cells(report: Report) -> list[tuple[str, list[list[str]]]]:
         rows = [row for row in report.rows if row["kind"] == kind and usable(row)]
         wanted = OF_WEIGHTS if kind == "weight" else OF_UPDATES
         measures = [m for m in wanted if any(row[m.name] is not None for row in rows)][:3]
-        table = [["", "", *sum(([head(m.name), "", ""] for m in measures), [])]]
+        table = [["", "", *(cell for m in measures for cell in (head(m.name), "", ""))]]
         ends = {"low": "lowest", "high": "highest"}
-        table.append(["type", "n", *sum((["median", "IQR", ends[m[1]]] for m in measures), [])])
+        table.append(
+            ["type", "n", *(cell for m in measures for cell in ("median", "IQR", ends[m.worst]))]
+        )
         for name, group in by_type(rows).items():
-            cells = sum((_spread(group, *m) for m in measures), [])
+            cells = [cell for m in measures for cell in _spread(group, *m)]
             table.append([middle(shown(name), 30), str(len(group)), *cells])
         tables.append((kind, table))
     return tables

@@ -111,10 +111,17 @@ def off_principal_energy(update: Update, U: Tensor, V: Tensor) -> OffPrincipal |
         whole = _energy(dW)
         inside = U.T @ dW
         parts = inside, dW @ V, inside @ V
+    return off_principal_of(whole, *(_energy(part) for part in parts), U, V)
+
+
+def off_principal_of(
+    whole: float, left: float, right: float, both: float, U: Tensor, V: Tensor
+) -> OffPrincipal | None:
+    """The same from the energies |dW|^2, |U^T dW|^2, |dW V|^2 and |U^T dW V|^2."""
     if not whole:
         return None
     (m, j), (k, i) = U.shape, V.shape
-    off = [min(1.0, max(0.0, 1 - _energy(part) / whole)) for part in parts]
+    off = [min(1.0, max(0.0, 1 - part / whole)) for part in (left, right, both)]
     return OffPrincipal(*off, 1 - j / m, 1 - i / k, 1 - i * j / (m * k))
 
 
