@@ -20,8 +20,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code: 0, 2 for bad input, 130 after Ctrl-C; others stand
-    in the help of each."""
+    """Run one subcommand and return its exit code: 0, 2 for bad input, 130 after Ctrl-C; others
+    stand in the help of each."""
     parser = Parser(prog="structadapt", description="Choose the structure of a weight update.")
     parser.add_argument("--version", action="version", version=version("structadapt"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,9 +43,10 @@ def analyze(
     source: a model, adapted or not; a state dict; the path of a safetensors, .pt or .bin file, of
         a folder with shards, a PEFT adapter or a training run. An adapter gives its updates,
         anything else its weights, and with `base` the differences to it.
-    base: the weights that the source started from, in any of these forms: the row of an update
-        then says how large it is beside its weight and how it lies to it, and the whole update of
-        an adapter that depends on W (DoRA) has a row.
+    base: the weights that the source started from, in any of these forms; that of a training run
+        is the base.safetensors in its folder unless another is given. The row of an update then
+        says how large it is beside its weight and how it lies to it, and the whole update of an
+        adapter that depends on W (DoRA) has a row.
     method: "auto" (factors where there are any, else "gram"), "gram" or "svd" in float64.
     include, exclude: regular expressions, searched for in the module path.
     device: "auto" (CUDA where there is one), or a device of torch with float64.
@@ -53,9 +55,9 @@ def analyze(
     allow_missing: go on where the base lacks a matrix.
     strict: raise for the first matrix that cannot be analysed; otherwise its row is "skipped",
         with the reason, and the others go on.
-    relations: with a base, also how the update lies to W: NSS drift, principal angles, off-principal
-        energy and intruder dimensions. They need singular vectors of W and W', several times the
-        work of singular values for large matrices.
+    relations: with a base, also how the update lies to W: NSS drift, principal angles,
+        off-principal energy and intruders. They need singular vectors of W and W', several times
+        the work of singular values where matrices are large.
     progress: called as (matrices done, all, share of the work done, name) from any thread.
 
     Raises FileNotFoundError; ValueError for a source or base that is damaged, not understood, or
@@ -63,6 +65,7 @@ def analyze(
     """
     began = time.perf_counter()
     settings = Settings(method, _device(device), strict, relations)
+    base = _of_run(source) if base is None else base
     opened = open_source(
         source, base, allow_missing=allow_missing, include=include, exclude=exclude
     )
@@ -83,6 +86,16 @@ def analyze(
     skipped = [asdict(entry) for entry in opened.skipped]
     rows = [item.row for item in found]
     return Report(rows, skipped, _notes(opened, found), _spectra(found), about)
+
+
+def _of_run(source: Source) -> Source | None:
+    """The base of a training run's folder, `structadapt grpo --out`, if it is one."""
+    if isinstance(source, str | os.PathLike):
+        run = Path(source)
+        names = "adapter.safetensors", "config.json", "base.safetensors"
+        if all((run / name).is_file() for name in names):
+            return run / names[-1]
+    return None
 
 
 def label(source: Source) -> str:
@@ -180,8 +193,11 @@ def _notes(opened: Opened, found: list[Found]) -> list[str]:
             "more rank than stands above the rounding: read rank_above_noise and "
             "effective_rank_cut, not the raw ranks"
         )
-    paths = {item.row["precision"] for item in found if item.row["status"] != "skipped"}
-    if len(paths) > 1:
-        notes.append(f"values came about in {len(paths)} ways ({'; '.join(sorted(paths))}): compare "
-                     "ranks within one of them")  # fmt: skip
+    for kind in dict.fromkeys(item.row["kind"] for item in found):
+        ways = {item.row["precision"] for item in found if item.row["kind"] == kind}
+        if len(ways) > 1:
+            notes.append(
+                f"the values of {kind} came about in {len(ways)} ways ({'; '.join(sorted(ways))}): "
+                "compare ranks within one of them"
+            )
     return notes

@@ -140,7 +140,7 @@ def title(name: str) -> str:
     """What stands at an axis of a picture, where there is room for a word."""
     stem = name.removesuffix("_ratio") if name.removesuffix("_ratio") in NULLED else name
     words = TITLES.get(stem, stem.replace("_", " "))
-    return words if stem == name else f"{words}, of a random one's"
+    return words if stem == name else f"{words} / random"
 
 
 TITLES = {

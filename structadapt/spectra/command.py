@@ -18,6 +18,7 @@ from structadapt.spectra import analysis, evidence, maturity, page, plots, table
 from structadapt.spectra.drawing import new_figure
 from structadapt.spectra.progress import Meter
 from structadapt.spectra.report import Report
+from structadapt.spectra.rows import FAULTS
 
 MONITOR = "monitor.jsonl"  # of a training run
 BAD_INPUT, PARTIAL, FINDING = 2, 3, 4
@@ -25,8 +26,11 @@ BAD_INPUT, PARTIAL, FINDING = 2, 3, 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = evidence.Thresholds()
-    parser.add_argument("path", help="a safetensors, .pt or .bin file, or a folder: a checkpoint, "
-                        "shards, a PEFT adapter, a training run")  # fmt: skip
+    parser.add_argument(
+        "path",
+        help="a safetensors, .pt or .bin file, or a folder: a checkpoint, "
+        "shards, a PEFT adapter, a training run",
+    )
     parser.add_argument("--base", help="the weights it started from, in any of these forms")
     out = parser.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="print the report as JSON, not tables")
@@ -34,34 +38,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--markdown", metavar="FILE", help="write the same as a Markdown table")
     out.add_argument("--plots", metavar="DIR", help="draw pictures into this folder")
     out.add_argument("--html", metavar="FILE", help="write all of it as one page")
-    out.add_argument("--maturity", action="store_true",
-                     help="also print how the frozen weights differ from random ones")  # fmt: skip
+    out.add_argument(
+        "--maturity",
+        action="store_true",
+        help="also print how the frozen weights differ from random ones",
+    )
     what = parser.add_argument_group("what is analysed, and how")
     what.add_argument("--include", metavar="RE", action="append", help="only modules with this")
     what.add_argument("--exclude", metavar="RE", action="append", help="no modules with this")
-    what.add_argument("--allow-missing", action="store_true",
-                      help="leave out what the base lacks, instead of stopping")  # fmt: skip
-    what.add_argument("--strict", action="store_true",
-                      help="stop at the first matrix that cannot be analysed")  # fmt: skip
+    what.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="leave out what the base lacks, instead of stopping",
+    )
+    what.add_argument(
+        "--strict", action="store_true", help="stop at the first matrix that cannot be analysed"
+    )
     what.add_argument(
         "--no-relations",
         action="store_true",
         help="leave out how updates lie to W: most of the time of a large base",
     )
-    what.add_argument("--method", choices=("auto", "gram", "svd"), default="auto",
-                      help="svd: exact for tiny singular values too, but slower")  # fmt: skip
+    what.add_argument(
+        "--method",
+        choices=("auto", "gram", "svd"),
+        default="auto",
+        help="svd: exact for tiny singular values too, but slower",
+    )
     what.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     what.add_argument("--workers", type=int, metavar="N", help="matrices at a time")
     fail = parser.add_argument_group("findings")
-    fail.add_argument("--fail-on", metavar="FINDING", action="append", default=[],
-                      choices=(*evidence.RULES, "any"),
-                      help=f"exit code 4 for one of {', '.join(evidence.RULES)} or any")  # fmt: skip
-    fail.add_argument("--concentrated", type=float, metavar="X", default=defaults.concentrated,
-                      help="top-1 energy from which an update is concentrated (%(default)s)")  # fmt: skip
-    fail.add_argument("--oversized", type=float, metavar="X", default=defaults.oversized,
-                      help="s_1(dW) / s_1(W) from which it is oversized (%(default)s)")  # fmt: skip
-    fail.add_argument("--intruders", type=int, metavar="N", default=defaults.intruders,
-                      help="intruder dimensions from which they are a finding (%(default)s)")  # fmt: skip
+    fail.add_argument(
+        "--fail-on",
+        metavar="FINDING",
+        action="append",
+        default=[],
+        choices=(*evidence.RULES, "any"),
+        help=f"exit code 4 for one of {', '.join(evidence.RULES)} or any",
+    )
+    fail.add_argument(
+        "--concentrated",
+        type=float,
+        metavar="X",
+        default=defaults.concentrated,
+        help="top-1 energy from which an update is concentrated (%(default)s)",
+    )
+    fail.add_argument(
+        "--oversized",
+        type=float,
+        metavar="X",
+        default=defaults.oversized,
+        help="s_1(dW) / s_1(W) from which it is oversized (%(default)s)",
+    )
+    fail.add_argument(
+        "--intruders",
+        type=int,
+        metavar="N",
+        default=defaults.intruders,
+        help="intruder dimensions from which they are a finding (%(default)s)",
+    )
 
 
 def main(options: argparse.Namespace) -> int:
@@ -73,7 +108,7 @@ def main(options: argparse.Namespace) -> int:
         found = evidence.findings(report, t)
         statistics = maturity.frozen_weights(report) if options.maturity else None
         _write(report, found, statistics, options)
-    except (ValueError, OSError, ImportError) as error:
+    except (*FAULTS, ImportError) as error:
         words = " ".join(tables.shown(str(error)).split())
         print(f"structadapt spectra: error: {words}", file=sys.stderr)
         return BAD_INPUT
@@ -150,5 +185,7 @@ def _write(
         return
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     text = "\n".join([tables.screen(report, found, colour), *([""] if lines else []), *lines])
+    for what, path in (("pictures", options.plots), ("page", options.html), ("rows", options.csv)):
+        text += f"\n{what} in {path}" if path is not None else ""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from structadapt.spectra import plots, tables
+from structadapt.spectra import plots
 from structadapt.spectra.analysis import analyze
 from structadapt.spectra.columns import head
-from structadapt.spectra.report import Report, shown, spread
+from structadapt.spectra.report import Report, shown, spread, usable
 from structadapt.spectra.sources import Source
 
 MEASURES = (
@@ -94,13 +94,13 @@ def compare(
 
 
 def _names(report: Report) -> set[str]:
-    return {row["name"] for row in report.rows if tables.usable(row)}
+    return {row["name"] for row in report.rows if usable(row)}
 
 
 def _by_kind(report: Report, names: set[str]) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in report.rows:
-        if row["name"] in names and tables.usable(row):
+        if row["name"] in names and usable(row):
             groups.setdefault(row["kind"], []).append(row)
     return groups
 
@@ -108,7 +108,7 @@ def _by_kind(report: Report, names: set[str]) -> dict[str, list[dict[str, Any]]]
 def _notes(reports: Mapping[str, Report]) -> list[str]:
     """Where two sides were not measured in the same way."""
     notes = []
-    ways = {n: {r["precision"] for r in rep.rows if tables.usable(r)} for n, rep in reports.items()}
+    ways = {n: {r["precision"] for r in rep.rows if usable(r)} for n, rep in reports.items()}
     for (left, one), (right, other) in itertools.combinations(ways.items(), 2):
         if one != other:
             notes.append(

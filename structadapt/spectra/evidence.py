@@ -7,7 +7,7 @@ direction gives an update of one, and it is right.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from structadapt.spectra.report import Report, Row, shown
+from structadapt.spectra.report import Report, Row, is_matrix, shown
 
 UPDATES = ("update", "effective", "direction")
 
@@ -122,11 +122,7 @@ def failing(found: Iterable[Finding], asked: Iterable[str]) -> list[Finding]:
 def incomplete(report: Report) -> bool:
     """Whether a matrix of floats was left out that should have been looked at: not what is tied to
     another, nor what only needs a base."""
-    left_out = [
-        entry["reason"]
-        for entry in report.skipped
-        if len(entry["shape"]) > 1 and entry["dtype"] not in ("int64", "bool")
-    ]
+    left_out = [entry["reason"] for entry in report.skipped if is_matrix(entry)]
     fine = ("the same storage as", "another tensor", "trained whole beside the adapters")
     failed = any(row["status"] == "skipped" for row in report.rows)
     return failed or any(not reason.startswith(fine) for reason in left_out)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from structadapt.spectra.columns import head
-from structadapt.spectra.report import Report, Row, shown
-from structadapt.spectra.tables import aligned, by_type, middle, usable
+from structadapt.spectra.report import Report, Row, shown, usable
+from structadapt.spectra.tables import aligned, by_type, middle
 
 RATIOS = ("effective_rank_ratio", "stable_rank_ratio", "alpha_median_ratio")
 SPIKES = ("mp_spikes", "mp_spike_energy")
@@ -70,4 +70,6 @@ def _quartiles(rows: Sequence[Row], column: str) -> dict[str, float] | None:
 def _range(found: dict[str, float] | None) -> str:
     if found is None:
         return "-"
+    if found["q25"] == found["q75"]:
+        return shown(found["median"], 3)
     return f"{shown(found['median'], 3)} ({shown(found['q25'], 2)}-{shown(found['q75'], 2)})"

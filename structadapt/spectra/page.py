@@ -11,7 +11,7 @@ from structadapt.files import write_atomically
 from structadapt.spectra import plots, tables
 from structadapt.spectra.columns import COLUMNS, head, meaning
 from structadapt.spectra.evidence import RULES, Finding
-from structadapt.spectra.report import Report, Row, Where, shown
+from structadapt.spectra.report import Report, Row, Where, shown, usable
 
 STYLE = """
 body { font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif; color: #1a1a1a; max-width: 76rem;
@@ -49,10 +49,10 @@ def write(
     """Write the page.
 
     found: what `findings` gave. maturity: lines of text to show as they are. monitor: the
-    monitor.jsonl of a run, for its curves. Without matplotlib the page has no pictures, and says so.
+    monitor.jsonl of a run, for its curves. Without matplotlib the page says so.
     """
     title = f"Spectra of {shown(report.about.get('source'))}"
-    rows = [row for row in report.rows if tables.usable(row)]
+    rows = [row for row in report.rows if usable(row)]
     parts = [f"<h1>{_text(title)}</h1>", *map(_paragraph, tables.read(report)[:20])]
     parts += [_coverage(report), *(_paragraph(f"Note: {shown(note)}") for note in report.notes)]
     parts += [_findings(found), *_worst(rows), *_types(report)]

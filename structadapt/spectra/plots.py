@@ -123,10 +123,11 @@ def heatmap(
     for j, measure in enumerate(wanted):
         grids = [grid(layers, types, group, measure) for group in rows.values()]
         low, high = np.nanmin(np.stack(grids)), np.nanmax(np.stack(grids))
+        images = []
         for i, (name, values) in enumerate(zip(rows, grids, strict=True)):
-            image = _heat(panels[i, j], values, layers, types, low, high)
+            images.append(_heat(panels[i, j], values, layers, types, low, high))
             panels[i, j].set_title(title(measure) + (f"\n{label(name, 24)}" if name else ""))
-        figure.colorbar(image, ax=list(panels[:, j]), fraction=0.06, aspect=30)
+        figure.colorbar(images[0], ax=list(panels[:, j]), fraction=0.06, aspect=30)
     return written(figure, path)
 
 
@@ -166,7 +167,8 @@ def training(path: Where, picture: Where) -> Path:
         raise ValueError(f"{path} holds no record of a monitor")
     steps = [record["step"] for record in records]
     figure = new_figure(9, 6)
-    for axes, (key, title) in zip(figure.subplots(2, 2).flat, names.items(), strict=True):
+    panels = list(figure.subplots(2, 2).flat)
+    for axes, (key, words) in zip(panels, names.items(), strict=True):
         found = [record.get(key) or {} for record in records]
         low, median, high = (
             np.array([_number(f.get(q)) for f in found], dtype=float)
@@ -180,9 +182,9 @@ def training(path: Where, picture: Where) -> Path:
                       rotation=90, va="top", fontsize=8, color=EDGE)  # fmt: skip
         if key.startswith("rho") and (low > 0).any():
             axes.set_yscale("log")
-        axes.set(xlabel="step", title=title)
+        axes.set(xlabel="step", title=words)
         axes.grid(alpha=0.3)
-    axes.legend(loc="best", fontsize=8)
+    panels[-1].legend(loc="best", fontsize=8)
     return written(figure, picture)
 
 

@@ -111,7 +111,8 @@ def off_principal_energy(update: Update, U: Tensor, V: Tensor) -> OffPrincipal |
         whole = _energy(dW)
         inside = U.T @ dW
         parts = inside, dW @ V, inside @ V
-    return off_principal_of(whole, *(_energy(part) for part in parts), U, V)
+    left, right, both = (_energy(part) for part in parts)
+    return off_principal_of(whole, left, right, both, U, V)
 
 
 def off_principal_of(
@@ -121,8 +122,8 @@ def off_principal_of(
     if not whole:
         return None
     (m, j), (k, i) = U.shape, V.shape
-    off = [min(1.0, max(0.0, 1 - part / whole)) for part in (left, right, both)]
-    return OffPrincipal(*off, 1 - j / m, 1 - i / k, 1 - i * j / (m * k))
+    left, right, both = (min(1.0, max(0.0, 1 - part / whole)) for part in (left, right, both))
+    return OffPrincipal(left, right, both, 1 - j / m, 1 - i / k, 1 - i * j / (m * k))
 
 
 def _unit(X: Tensor) -> Tensor:

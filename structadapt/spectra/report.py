@@ -134,6 +134,16 @@ class Report:
         return cls(rows, skipped, notes, spectra, whole)
 
 
+def is_matrix(entry: dict[str, Any]) -> bool:
+    """Whether what was skipped might be a weight: no vector, no index, no mask."""
+    return len(entry["shape"]) > 1 and entry["dtype"] not in ("int64", "bool")
+
+
+def usable(row: Row) -> bool:
+    """Whether a row has values."""
+    return row["status"] != "skipped"
+
+
 def spread(rows: list[Row]) -> dict[str, dict[str, float]]:
     """{measure: {median, q25, q75, low, high}} of every numeric column."""
     found = {}

@@ -19,7 +19,13 @@ from structadapt.spectra.sources import Matrix
 
 # What one matrix may raise without an end to the run: files that changed, values that are not
 # finite, an iteration that does not converge, no memory for this one.
-FAULTS = (ValueError, OSError, torch.linalg.LinAlgError, torch.OutOfMemoryError, MemoryError)
+FAULTS = (
+    ValueError,
+    OSError,
+    torch.linalg.LinAlgError,  # pyright: ignore[reportPrivateImportUsage]
+    torch.OutOfMemoryError,
+    MemoryError,
+)
 
 
 @dataclass(frozen=True)

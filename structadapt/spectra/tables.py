@@ -8,7 +8,7 @@ import numpy as np
 
 from structadapt.spectra.columns import head
 from structadapt.spectra.evidence import Finding
-from structadapt.spectra.report import Report, Row, shown
+from structadapt.spectra.report import Report, Row, is_matrix, shown, usable
 
 WORST = 5  # modules that are named
 NAMES = 3  # named of many that were left out for one reason
@@ -45,7 +45,6 @@ EVIDENCE = {  # columns of the table of the worst modules
     False: (
         "effective_rank",
         "effective_rank_ratio",
-        "stable_rank",
         "stable_rank_ratio",
         "topk_energy",
         "mp_spikes",
@@ -57,12 +56,12 @@ EVIDENCE = {  # columns of the table of the worst modules
 def screen(report: Report, found: Sequence[Finding], colour: bool = False) -> str:
     """All of a report that fits a screen, in the order in which it should be read."""
     lines = [*read(report), *coverage(report), *(f"note: {shown(n)}" for n in report.notes)]
+    if found:
+        lines += ["", bold(f"findings: {counts(found)}", colour), *named(found)]
     for kind in dict.fromkeys(row["kind"] for row in report.rows if usable(row)):
         rows = [row for row in report.rows if row["kind"] == kind and usable(row)]
         title = bold(f"{PLURALS[kind]}: worst of {len(rows)}", colour)
         lines += ["", title, *aligned(worst_cells(rows))]
-    if found:
-        lines += ["", bold(f"findings: {counts(found)}", colour), *named(found)]
     for kind, table in type_cells(report):
         lines += ["", bold(f"{PLURALS[kind]} by module type", colour), *aligned(table)]
     return "\n".join(lines)
@@ -95,7 +94,7 @@ def coverage(report: Report) -> list[str]:
     """How many matrices were analysed of how many, and why the others were not."""
     done = {row["name"] for row in report.rows if usable(row)}
     failed = [row for row in report.rows if not usable(row)]
-    others = {s["name"] for s in report.skipped if len(s["shape"]) > 1}
+    others = {s["name"] for s in report.skipped if is_matrix(s)}
     total = done | others | {row["name"] for row in failed}
     lines = [f"coverage: {len(done)} of {len(total)} matrices"]
     groups: dict[str, list[str]] = defaultdict(list)
@@ -105,7 +104,11 @@ def coverage(report: Report) -> list[str]:
         more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
         few = ", ".join(shown(name) for name in names[:NAMES])
         lines.append(f"  left out: {few}{more}: {shown(reason)}")
-    partial = _counted(row["reason"] for row in report.rows if row["status"] == "partial")
+    partial = _counted(
+        row["reason"]
+        for row in report.rows
+        if row["status"] == "partial" and row["kind"] != "direction"  # a note says that
+    )
     return lines + [f"  in part: {count} rows: {why}" for why, count in partial.items()]
 
 
@@ -138,7 +141,7 @@ def counts(found: Sequence[Finding]) -> str:
 
 
 def type_cells(report: Report) -> list[tuple[str, list[list[str]]]]:
-    """(kind, rows of cells, two of them heads): module type x median, interquartile range and worst layer."""
+    """(kind, rows of cells, two of them heads): module type x median, IQR and worst layer."""
     tables = []
     for kind in dict.fromkeys(row["kind"] for row in report.rows if usable(row)):
         rows = [row for row in report.rows if row["kind"] == kind and usable(row)]
@@ -171,15 +174,8 @@ def _spread(rows: list[Row], name: str, end: str) -> list[str]:
     low, median, high = np.quantile([row[name] for row in with_value], (0.25, 0.5, 0.75))
     row = (max if end == "high" else min)(with_value, key=lambda row: row[name])
     layer = "" if row["layer"] is None else f" L{row['layer']}"
-    return [
-        shown(float(median), 3),
-        f"{shown(float(low), 2)}-{shown(float(high), 2)}",
-        f"{shown(row[name], 3)}{layer}",
-    ]
-
-
-def usable(row: Row) -> bool:
-    return row["status"] != "skipped"
+    spread = f"{shown(float(low), 2)}-{shown(float(high), 2)}" if len(with_value) > 1 else ""
+    return [shown(float(median), 3), spread, f"{shown(row[name], 3)}{layer}"]
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
