@@ -16,6 +16,7 @@ from dataclasses import replace
 from torch import nn
 
 from structadapt.spectra.contents import Content, Source, read_source, weights_of
+from structadapt.spectra.differences import difference
 from structadapt.spectra.matrix import (
     Matrix,
     Opened,
@@ -23,7 +24,6 @@ from structadapt.spectra.matrix import (
     SourceError,
     SourceNotFoundError,
     Stored,
-    difference,
     expert,
     kernel,
     weight,
