@@ -207,6 +207,22 @@ def test_modules_that_are_trained_whole(llama, tmp_path):
     assert torch.equal(values(head), expected) and head.step > 0 and not opened.skipped
 
 
+def test_a_live_model_says_which_adapter_is_looked_at(llama, tmp_path):
+    model, _ = trained(llama, tmp_path, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    opened = open_source(model)
+    assert [(s.name, "trained whole" in s.reason) for s in opened.skipped] == [("lm_head", True)]
+    before = [values(m) for m in opened.matrices]
+    model.merge_adapter()
+    opened = open_source(model)
+    assert all(m.base is None for m in opened.matrices) and "are merged" in opened.notes[0]
+    assert all(torch.equal(values(m), b) for m, b in zip(opened.matrices, before, strict=True))
+    model.unmerge_adapter()
+    for layer in peft_layers(model).values():
+        layer.scaling["default"] = 0.0
+    with pytest.raises(SourceError, match="alpha must be a positive number, got 0.0"):
+        open_source(model)
+
+
 def test_embeddings_that_are_kept_beside_their_adapter(llama, tmp_path):
     model, base = trained(llama, tmp_path, r=2, target_modules=["embed_tokens"])
     model.save_pretrained(tmp_path, save_embedding_layers=True)

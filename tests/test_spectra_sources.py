@@ -235,7 +235,9 @@ def test_include_and_exclude(tmp_path):
         "2 matrices were left out"
         in open_source(tmp_path / "x.safetensors", include="q_proj").notes[-1]
     )
-    with pytest.raises(SourceError, match=r"include='z'.*leave no matrix: there are layers.0"):
+    with pytest.raises(
+        SourceError, match="include and exclude leave no matrix: there are layers.0"
+    ):
         chosen(include="z")
     with pytest.raises(SourceError, match="exclude=.*is no regular expression"):
         chosen(exclude="(")
@@ -326,6 +328,12 @@ def test_pairing_two_checkpoints(tmp_path):
         opened = open_source(left, right)
         assert len(opened.matrices) == 3 and "transformer." in opened.notes[0]
         assert all((values(m).abs() - 1).abs().max() < 1e-6 for m in opened.matrices)
+    kept = {**tuned, "lm_head.weight": random(2, 2)}
+    with pytest.raises(SourceError, match=r"the base has no matrix lm_head: it has h.0, h.1"):
+        open_source(kept, base)
+    for settings in ({"allow_missing": True}, {"exclude": "lm_head"}):
+        opened = open_source(kept, base, **settings)
+        assert [m.name for m in opened.matrices] == [f"transformer.h.{i}" for i in range(3)]
     wider = {**base, "h.1.weight": random(4, 3)}
     opened = open_source(base, wider)
     assert reasons(opened) == {"h.1": "h.1 is (3, 3) in the source and (4, 3) in the base"}
@@ -505,6 +513,16 @@ def test_a_training_run(tmp_path, net, train_a_little):
     safetensors.torch.save_file({"x": random(2, 2)}, tmp_path / "zz.safetensors")
     opened = open_source(tmp_path)
     assert opened.what == "training run, adapter file" and len(opened.matrices) == 2
+
+
+def test_a_packed_tensor_is_no_matrix():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    quantize_(model[0], Int8WeightOnlyConfig())
+    opened = open_source(model.state_dict())
+    assert [m.name for m in opened.matrices] == ["1"]
+    assert "dequantise it" in reasons(opened)["0"]
 
 
 def test_quantised_layers_are_looked_at_as_they_compute():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 CHUNK = 2**23  # values in a slice of rows: 64 MiB in float64
 DTYPES = {  # what is looked at, by name
@@ -232,7 +233,7 @@ def of_tensor(name: str, tensor: Tensor, source: str, **settings: Any) -> Stored
 
     dtype = str(tensor.dtype).removeprefix("torch.")
     problem = problem_of(tensor)
-    if not problem and tensor.numel():
+    if not problem and tensor.numel() and tensor.data_ptr():
         place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype)
         settings = {"tie": place, **settings}
     return Stored(name, tuple(tensor.shape), dtype, source, read, problem, **settings)
@@ -246,6 +247,7 @@ def problem_of(tensor: Tensor) -> str:
         return "sharded by ZeRO-3, and empty here: gather it first (GatheredParameters)"
     if tensor.is_meta:
         return "on the meta device: it has no values; load the weights first"
-    if tensor.layout is not torch.strided or tensor.is_quantized:
+    packed = tensor.is_quantized or is_traceable_wrapper_subclass(tensor)
+    if tensor.layout is not torch.strided or packed:
         return "no dense tensor of floats: dequantise it, or make it dense first"
     return ""
