@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from structadapt.adapters import LoRA
 from structadapt.checkpoint import AdapterFileError, SavedLayer, saved_layout
 from structadapt.interop.peft_config import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from structadapt.layers import find_adapted
@@ -80,12 +79,12 @@ def weights_of(source: Source) -> Content:
 
 
 def _of_module(model: nn.Module, adapted: bool) -> Content:
-    updates = live_model.updates(model)
+    updates, skipped, notes = live_model.updates(model)
     ours = find_adapted(model)
-    if not updates or (adapted and len(ours) == len(updates)):
+    if not (updates or skipped) or (adapted and len(ours) == len(updates) + len(skipped)):
         what = "adapted model, its adapted weights" if ours else "model"
         return Content(what, live_model.weights(model, adapted=True))
-    content = Content("adapted model", updates=updates, is_adapter=True)
+    content = Content("adapted model", {}, updates, True, skipped, notes)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     of_adapters = {id(t) for layer in ours.values() for t in layer.tensors().values()}
     for name, parameter in model.named_parameters():
@@ -269,5 +268,4 @@ def _misfit(layer: SavedLayer, own: Mapping[str, Stored | None]) -> str:
                 f"{key} is {stored.dtype} of shape {stored.shape}, expected floats of shape "
                 f"{tuple(like.shape)}"
             )
-    assert isinstance(layer.adapter, LoRA) or own
     return ""

@@ -11,7 +11,7 @@ from structadapt.adapted import Adapted
 from structadapt.adapters import DoRA, LoRA
 from structadapt.layers import find_adapted, kind_of, matrix_of, matrix_shape, unwrapped
 from structadapt.quantised import is_quantised
-from structadapt.spectra.matrix import Stored, kernel, of_tensor
+from structadapt.spectra.matrix import Skipped, Stored, kernel, of_tensor
 from structadapt.spectra.names import module_path
 from structadapt.spectra.updates import Update
 
@@ -95,16 +95,18 @@ def _with_problem(stored: Stored, problem: str) -> Stored:
 # -- adapters --------------------------------------------------------------------------------------
 
 
-def updates(model: nn.Module) -> list[Update]:
+def updates(model: nn.Module) -> tuple[list[Update], list[Skipped], list[str]]:
     """The updates of the layers that this library adapted, or PEFT with LoRA or DoRA."""
     model = unwrapped(model)
-    ours = [_update(name, layer) for name, layer in find_adapted(model).items()]
-    theirs = [
-        _peft_update(name, cast(Any, module))
-        for name, module in model.named_modules()
-        if not isinstance(module, Adapted) and _is_peft_layer(module)
-    ]
-    return [*ours, *(update for update in theirs if update is not None)]
+    found = [_update(name, layer) for name, layer in find_adapted(model).items()]
+    skipped, notes = [], []
+    for name, module in model.named_modules():
+        if not isinstance(module, Adapted) and _is_peft_layer(module):
+            try:
+                found.append(_peft_update(module_path(name), cast(Any, module), notes))
+            except ValueError as error:
+                skipped.append(Skipped(module_path(name), (), "none", SOURCE, str(error)))
+    return found, skipped, list(dict.fromkeys(notes))
 
 
 def _update(name: str, layer: Adapted) -> Update:
@@ -125,8 +127,9 @@ def _is_peft_layer(module: nn.Module) -> bool:
     return all(hasattr(module, key) for key in ("lora_A", "lora_B", "scaling", "base_layer"))
 
 
-def _peft_update(name: str, layer: Any) -> Update | None:
-    """The first active adapter of a LoRA layer of PEFT."""
+def _peft_update(name: str, layer: Any, notes: list[str]) -> Update:
+    """The first active adapter of a LoRA layer of PEFT. ValueError if there is none, or its scale
+    is not positive."""
     embedding = bool(getattr(layer, "lora_embedding_A", None))
     A, B = (
         (layer.lora_embedding_A, layer.lora_embedding_B)
@@ -134,9 +137,11 @@ def _peft_update(name: str, layer: Any) -> Update | None:
         else (layer.lora_A, layer.lora_B)
     )
     active = [key for key in layer.active_adapters if key in A]
-    if not active or layer.scaling[active[0]] <= 0:
-        return None
+    if not active:
+        raise ValueError(f"none of its adapters, {', '.join(A)}, is active")
     key = active[0]
+    if len(active) > 1:
+        notes.append(f"of the active adapters {', '.join(active)}, {key} is looked at")
     factors = {"A": A[key], "B": B[key]}
     tensors = {
         part: of_tensor(f"{name}.lora_{part}.{key}", getattr(module, "weight", module), SOURCE)
@@ -151,7 +156,9 @@ def _peft_update(name: str, layer: Any) -> Update | None:
         m = layer.lora_magnitude_vector[key].weight.detach().reshape(-1)
         tensors["m"] = of_tensor(f"{name}.lora_magnitude_vector.{key}", m, SOURCE)
     base = None
-    if not layer.merged and (kind_of(layer.base_layer) or is_quantised(layer.base_layer)):
+    if layer.merged:
+        notes.append("the adapters of PEFT are merged: the base weights are not known")
+    elif kind_of(layer.base_layer) or is_quantised(layer.base_layer):
         base = base_of(f"{name}.weight", layer.base_layer)
     adapter = kind(rank, layer.scaling[key], "constant")
-    return Update(module_path(name), adapter, shape, tensors, base)
+    return Update(name, adapter, shape, tensors, base)

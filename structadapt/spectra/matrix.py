@@ -1,7 +1,8 @@
 """What a source holds: matrices that are read when asked, and what is left out, with the reason.
 
 Nothing here knows a file format. A reader makes `Stored` tensors, which say what is stored and
-read a part of it; `weight` and `difference` make of them matrices that can be looked at.
+read a part of it; `weight`, and `difference` of differences.py, make of them matrices that can be
+looked at.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 CHUNK = 2**23  # values in a slice of rows: 64 MiB in float64
 DTYPES = {  # what is looked at, by name
@@ -18,13 +20,6 @@ DTYPES = {  # what is looked at, by name
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
-}
-# of the bits of a floating point number: as an integer, bits of the fraction, bias of the exponent
-LAYOUTS = {
-    torch.float64: (torch.int64, 52, 1023),
-    torch.float32: (torch.int32, 23, 127),
-    torch.bfloat16: (torch.int16, 7, 127),
-    torch.float16: (torch.int16, 10, 15),
 }
 
 
@@ -158,9 +153,15 @@ def rows_of(stored: Stored) -> Iterator[Tensor]:
             part = torch.cat([s[:, start:stop] for s in _stored_rows(stored)]).T
         else:
             part = _block(stored, start, stop)
-        if not torch.isfinite(part).all():
+        if not all_finite(part):
             raise not_finite(stored)
         yield part
+
+
+def all_finite(x: Tensor) -> bool:
+    """In pieces that fit a cache: of a large slice at once it takes several times the memory."""
+    flat = x.mT.reshape(-1) if x.dim() == 2 and x.mT.is_contiguous() else x.reshape(-1)
+    return all(bool(torch.isfinite(piece).all()) for piece in flat.split(2**18))
 
 
 def whole_matrix(stored: Stored) -> Tensor:
@@ -208,64 +209,6 @@ def weight(name: str, stored: Stored) -> Matrix:
     return Matrix(name, "weight", shape, stored.dtype, source, precision, lambda: rows_of(stored))
 
 
-def difference(name: str, tuned: Stored, base: Stored) -> Matrix:
-    """W' - W of two stored matrices of the same shape, row by row in float64, where the difference
-    of two numbers of lower precision is exact unless one is 2^29 times the other or more."""
-    total: list[float] = []
-
-    def rows() -> Iterator[Tensor]:
-        squares, count = 0.0, 0
-        for high, low in zip(rows_of(tuned), rows_of(base), strict=True):
-            squares += _sum_of_ulp_squares(high, low)
-            count += high.numel()
-            yield high.double() - low.double()
-        total[:] = [(squares / count) ** 0.5 if count else 0.0]
-
-    def rounding() -> float:
-        if not total:
-            for _ in rows():
-                pass
-        return total[0]
-
-    both = tuned.dtype if tuned.dtype == base.dtype else f"{tuned.dtype} and {base.dtype}"
-    precision = f"difference of {both}" if tuned.rounded else f"adapted weights less {base.dtype}"
-    return Matrix(
-        name,
-        "update",
-        tuned.matrix_shape(),
-        tuned.dtype,
-        tuned.source,
-        precision,
-        rows,
-        base=weight(name, base),
-        tuned=weight(name, tuned),
-        rounding=rounding if tuned.rounded else None,
-    )
-
-
-def _sum_of_ulp_squares(tuned: Tensor, base: Tensor) -> float:
-    exponents = ulp_exponents(tuned)
-    if base.dtype != tuned.dtype and torch.finfo(base.dtype).eps > torch.finfo(tuned.dtype).eps:
-        exponents = torch.maximum(exponents, ulp_exponents(base))
-    if not exponents.numel():
-        return 0.0
-    lowest = int(exponents.min())
-    counts = torch.bincount((exponents - lowest).flatten()).double()
-    powers = torch.arange(lowest, lowest + len(counts), dtype=torch.float64)
-    return (counts * torch.exp2(2 * powers)).sum().item()
-
-
-def ulp_exponents(x: Tensor) -> Tensor:
-    """log2 of the distance from |x| to the next larger number of its dtype, as int32.
-
-    With e the biased exponent and f the bits of the fraction: max(e, 1) - bias - f.
-    """
-    integers, fraction, bias = LAYOUTS[x.dtype]
-    bits = x.contiguous().view(integers)
-    exponents = (bits >> fraction) & (2 * bias + 1)
-    return exponents.to(torch.int32).clamp_(min=1) - (bias + fraction)
-
-
 def expert(stored: Stored, index: int) -> Stored:
     """One matrix of a stored stack (n, a, b)."""
     size = stored.shape[1] * stored.shape[2]
@@ -290,7 +233,7 @@ def of_tensor(name: str, tensor: Tensor, source: str, **settings: Any) -> Stored
 
     dtype = str(tensor.dtype).removeprefix("torch.")
     problem = problem_of(tensor)
-    if not problem and tensor.numel():
+    if not problem and tensor.numel() and tensor.data_ptr():
         place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype)
         settings = {"tie": place, **settings}
     return Stored(name, tuple(tensor.shape), dtype, source, read, problem, **settings)
@@ -304,6 +247,7 @@ def problem_of(tensor: Tensor) -> str:
         return "sharded by ZeRO-3, and empty here: gather it first (GatheredParameters)"
     if tensor.is_meta:
         return "on the meta device: it has no values; load the weights first"
-    if tensor.layout is not torch.strided or tensor.is_quantized:
+    packed = tensor.is_quantized or is_traceable_wrapper_subclass(tensor)
+    if tensor.layout is not torch.strided or packed:
         return "no dense tensor of floats: dequantise it, or make it dense first"
     return ""

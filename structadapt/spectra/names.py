@@ -1,10 +1,12 @@
 """Names of tensors as checkpoints have them, and the module paths they stand for."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from structadapt.layers import plain_name
 from structadapt.spectra.matrix import DTYPES, SourceError, Stored
+
+Patterns = str | Iterable[str] | None
 
 PEFT_PREFIX = "base_model.model."
 STACKS = re.compile(r"experts?\b|moe", re.IGNORECASE)
@@ -23,7 +25,8 @@ def module_path(key: str) -> str:
     while path.startswith("module."):
         path = path.removeprefix("module.")
     path = path.removeprefix(PEFT_PREFIX)
-    parts = [part for part in path.split(".") if part != "base_layer"]
+    path = re.sub(r"(^|\.)modules_to_save\.[^.]+\.", r"\1", path)
+    parts = [part for part in path.split(".") if part not in ("base_layer", "original_module")]
     return ".".join(parts[:-1] if parts[-1] == "weight" else parts)
 
 
@@ -70,20 +73,18 @@ def _stem(name: str) -> str:
     return stem.removesuffix(".weight")
 
 
-def shared_prefix(missing: Iterable[str], base: Mapping[str, Stored]) -> tuple[str, str] | None:
-    """(to strip, to add) so that every name that the base lacks is one that it has, if there is
-    exactly one such pair and one of the two is empty: `transformer.h.0` where the base has `h.0`.
-    """
-    missing = list(missing)
-    first = missing[0]
+def shared_prefix(missing: list[str], base: Mapping[str, Stored]) -> tuple[str, str]:
+    """(to strip, to add) with which the base has the most of the names that it lacks, and at least
+    half of them: `transformer.h.0` where the base has `h.0`. ("", "") if there is none."""
     found = set()
     for known in base:
-        if first.endswith(f".{known}"):
-            found.add((first[: -len(known)], ""))
-        if known.endswith(f".{first}"):
-            found.add(("", known[: -len(first)]))
-    fitting = [pair for pair in found if all(renamed(name, pair) in base for name in missing)]
-    return fitting[0] if len(fitting) == 1 else None
+        if missing[0].endswith(f".{known}"):
+            found.add((missing[0][: -len(known)], ""))
+        if known.endswith(f".{missing[0]}"):
+            found.add(("", known[: -len(missing[0])]))
+    fits = {pair: sum(renamed(name, pair) in base for name in missing) for pair in sorted(found)}
+    best = max(fits, key=lambda pair: fits[pair], default=("", ""))
+    return best if best in fits and 2 * fits[best] >= len(missing) else ("", "")
 
 
 def renamed(name: str, pair: tuple[str, str]) -> str:
@@ -92,8 +93,19 @@ def renamed(name: str, pair: tuple[str, str]) -> str:
     return add + name[len(strip) :] if name.startswith(strip) else ""
 
 
-def selects(patterns: str | Iterable[str] | None, what: str) -> "list[re.Pattern[str]]":
-    """The regular expressions of include= or exclude=. SourceError for one that is none."""
+def chosen_by(include: Patterns, exclude: Patterns) -> Callable[[str], bool]:
+    """Whether a name has one of the expressions to include, if there are any, and none of those to
+    exclude. SourceError for what is no regular expression."""
+    wanted, unwanted = _compiled(include, "include"), _compiled(exclude, "exclude")
+
+    def chosen(name: str) -> bool:
+        included = not wanted or any(pattern.search(name) for pattern in wanted)
+        return included and not any(pattern.search(name) for pattern in unwanted)
+
+    return chosen
+
+
+def _compiled(patterns: Patterns, what: str) -> list[re.Pattern[str]]:
     given = [] if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
     try:
         return [re.compile(pattern) for pattern in given]

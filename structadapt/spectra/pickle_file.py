@@ -50,7 +50,7 @@ def _load(path: Path, mapped: bool) -> Any:
             f"{path} contains Python objects other than tensors, which can run code when they are "
             f"read; not loaded: save its state_dict() alone, as safetensors ({reason:.160})"
         ) from None
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its instructions run into
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(f"{path} is truncated or no file of torch.save: {reason:.200}") from None
 

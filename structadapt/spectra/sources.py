@@ -9,13 +9,13 @@
 | folder of a training run                      | those of its adapter.safetensors                |
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from structadapt.spectra.contents import Content, Source, read_source, weights_of
+from structadapt.spectra.differences import difference
 from structadapt.spectra.matrix import (
     Matrix,
     Opened,
@@ -23,22 +23,22 @@ from structadapt.spectra.matrix import (
     SourceError,
     SourceNotFoundError,
     Stored,
-    difference,
     expert,
     kernel,
     weight,
 )
 from structadapt.spectra.names import (
+    Patterns,
+    chosen_by,
     is_stack,
     module_path,
     packs_of,
     reason_to_skip,
     renamed,
-    selects,
     shared_prefix,
 )
 from structadapt.spectra.safetensors_file import few
-from structadapt.spectra.updates import fitted, matrices_of
+from structadapt.spectra.updates import Update, fitted, matrices_of
 
 __all__ = [
     "Matrix",
@@ -50,7 +50,7 @@ __all__ = [
     "open_source",
 ]
 
-Patterns = str | Iterable[str] | None
+Choice = Callable[[str], bool]
 
 
 def open_source(
@@ -69,8 +69,8 @@ def open_source(
         pytorch_model.bin.index.json, pytorch_model.bin, adapter.safetensors (a training run), or
         its only .safetensors file; a module; a state dict.
     base: the weights that the source started from, in any of these forms. Layers are matched by
-        name; one prefix that all names of one side have and the other has not is overlooked, and
-        noted. The base may have more layers than the source.
+        name, where need be with one prefix stripped or added, which is noted. The base may
+        have more layers than the source.
     allow_missing: matrices that the base lacks are skipped (those of an adapter are kept, without
         a base) instead of an error.
     include, exclude: regular expressions, searched for in the module path.
@@ -82,12 +82,10 @@ def open_source(
     SourceError (a ValueError) for one that is damaged, not safe to open, ambiguous or of another
     form, for a base without some of the layers, and where nothing can be looked at.
     """
+    chosen = chosen_by(include, exclude)
     content = read_source(source, adapted=base is not None)
     below = None if base is None else weights_of(base)
-    if content.is_adapter:
-        opened = _adapter(content, below, allow_missing)
-    else:
-        opened = _weights(content, below, allow_missing)
+    opened = (_adapter if content.is_adapter else _weights)(content, below, allow_missing, chosen)
     if below is not None:
         opened.notes.extend(f"the base: {note}" for note in below.notes)
         opened.files.extend(below.files)
@@ -96,7 +94,7 @@ def open_source(
         if isinstance(source, Mapping):
             label = "the state dict"
         raise SourceError(f"{label}: the source has no matrix to look at{_reasons(opened.skipped)}")
-    return _selected(opened, include, exclude)
+    return opened
 
 
 def _reasons(skipped: list[Skipped]) -> str:
@@ -108,28 +106,12 @@ def _reasons(skipped: list[Skipped]) -> str:
     return f": {'; '.join([*first.values()][:5])}" if first else ": it is empty"
 
 
-def _selected(opened: Opened, include: Patterns, exclude: Patterns) -> Opened:
-    wanted, unwanted = selects(include, "include"), selects(exclude, "exclude")
-    if not wanted and not unwanted:
-        return opened
-
-    def chosen(name: str) -> bool:
-        return (not wanted or _any(wanted, name)) and not _any(unwanted, name)
-
-    matrices = [matrix for matrix in opened.matrices if chosen(matrix.name)]
-    if not matrices:
-        names = few([matrix.name for matrix in opened.matrices], 5)
-        raise SourceError(
-            f"include={include!r} and exclude={exclude!r} leave no matrix: there are {names}"
-        )
-    left_out = len(opened.matrices) - len(matrices)
-    skipped = [entry for entry in opened.skipped if chosen(entry.name)]
-    notes = [*opened.notes, f"{left_out} matrices were left out by include and exclude"]
-    return Opened(opened.what, matrices, skipped, notes, opened.files)
-
-
-def _any(patterns: list[re.Pattern[str]], name: str) -> bool:
-    return any(pattern.search(name) for pattern in patterns)
+def _refuse_no_choice(names: list[str], left: int, notes: list[str]) -> None:
+    """A note on how many names were left out on purpose. SourceError if that was all."""
+    if names and not left:
+        raise SourceError(f"include and exclude leave no matrix: there are {few(names, 5)}")
+    if left < len(names):
+        notes.append(f"{len(names) - left} matrices were left out by include and exclude")
 
 
 # -- whole weights ---------------------------------------------------------------------------------
@@ -169,10 +151,15 @@ def _planes(
     return found, skipped
 
 
-def _weights(content: Content, below: Content | None, allow_missing: bool) -> Opened:
+def _weights(
+    content: Content, below: Content | None, allow_missing: bool, chosen: Choice
+) -> Opened:
     notes = list(content.notes)
-    planes, skipped = _planes(content.tensors, notes)
-    opened = Opened(content.what, [], [*content.skipped, *skipped], notes, list(content.files))
+    found, skipped = _planes(content.tensors, notes)
+    planes = {name: stored for name, stored in found.items() if chosen(name)}
+    _refuse_no_choice([*found], len(planes), notes)
+    skipped = [entry for entry in [*content.skipped, *skipped] if chosen(entry.name)]
+    opened = Opened(content.what, [], skipped, notes, list(content.files))
     if below is None:
         opened.matrices.extend(weight(name, stored) for name, stored in planes.items())
         return opened
@@ -209,7 +196,8 @@ def _named(name: str, stored: Stored, reason: str) -> Skipped:
 
 
 def _note_of_more(bases: "_Bases", planes: Mapping[str, Stored], notes: list[str]) -> None:
-    more = sorted(bases.planes.keys() - {renamed(name, bases.prefix) for name in planes})
+    known = {n for name in planes for n in (name, renamed(name, bases.prefix))}
+    more = sorted(bases.planes.keys() - known)
     if more:
         notes.append(f"the base has {len(more)} matrices that the source lacks: {few(more)}")
 
@@ -231,42 +219,55 @@ class _Bases:
             if tied in self.planes:
                 self.planes[entry.name] = self.planes[tied]
         missing = [n for n in names if n not in self.planes and n not in self.unfit]
-        if missing and self.planes:
-            pair = shared_prefix(missing, self.planes)
-            if pair is not None and len(missing) == len([*names]):
-                self.prefix, missing = pair, []
-                opened.notes.append(
-                    f"names of the base: {pair[0] or pair[1]!r} is "
-                    f"{'left out' if pair[0] else 'put before'}"
-                )
+        strip, add = self.prefix = shared_prefix(missing, self.planes) if missing else ("", "")
+        if strip or add:
+            missing = [n for n in missing if renamed(n, self.prefix) not in self.planes]
+            way = "left out" if strip else "put before"
+            opened.notes.append(f"to find the names in the base, {strip or add!r} is {way}")
         if missing and not allow_missing:
             raise SourceError(
-                f"the base has no matrix {few(missing, 8)}: give the base of this source, or "
-                "pass allow_missing=True (--allow-missing) to go on without"
+                f"the base has no matrix {few(missing, 8)}: it has {few([*self.planes])}; give the "
+                "base of this source, or pass allow_missing=True (--allow-missing) to go on without"
             )
 
     def find(self, name: str) -> Stored | str:
         """The base's matrix of a layer, or why there is none."""
-        known = renamed(name, self.prefix)
-        if known in self.planes:
-            return self.planes[known]
-        if known in self.unfit:
-            return f"the base's {known} cannot be used: {self.unfit[known]}"
+        for known in (name, renamed(name, self.prefix)):
+            if known in self.planes:
+                return self.planes[known]
+            if known in self.unfit:
+                return f"the base's {known} cannot be used: {self.unfit[known]}"
         return "the base has no such matrix"
 
 
 # -- adapters --------------------------------------------------------------------------------------
 
 
-def _adapter(content: Content, below: Content | None, allow_missing: bool) -> Opened:
+def _adapter(
+    content: Content, below: Content | None, allow_missing: bool, chosen: Choice
+) -> Opened:
     notes = list(content.notes)
-    opened = Opened(content.what, [], list(content.skipped), notes, list(content.files))
-    planes, skipped = _planes(content.tensors, notes)
-    opened.skipped.extend(skipped)
-    names = [*(update.name for update in content.updates), *planes]
+    whole, skipped = _planes(content.tensors, notes)
+    planes = {name: stored for name, stored in whole.items() if chosen(name)}
+    updates = [update for update in content.updates if chosen(update.name)]
+    names = [*(update.name for update in updates), *planes]
+    _refuse_no_choice([*(u.name for u in content.updates), *whole], len(names), notes)
+    skipped = [entry for entry in [*content.skipped, *skipped] if chosen(entry.name)]
+    opened = Opened(content.what, [], skipped, notes, list(content.files))
     bases = None if below is None else _Bases(below, names, opened, allow_missing)
+    _add_updates(updates, bases, opened)
+    for name, stored in planes.items():
+        if bases is None:
+            reason = "trained whole beside the adapters: pass base= to see its update"
+            opened.skipped.append(_named(name, stored, reason))
+        else:
+            _pair(name, stored, bases.find(name), opened)
+    return opened
+
+
+def _add_updates(updates: list[Update], bases: "_Bases | None", opened: Opened) -> None:
     alone = 0
-    for update in content.updates:
+    for update in updates:
         found = update.base if bases is None else bases.find(update.name)
         if isinstance(found, Stored) and found.problem:
             found = f"its weight cannot be used: {found.problem}"
@@ -275,21 +276,14 @@ def _adapter(content: Content, below: Content | None, allow_missing: bool) -> Op
             stored = None if found is None or isinstance(found, str) else fitted(update, found)
         except SourceError as error:
             opened.skipped.append(
-                Skipped(update.name, update.shape, "none", content.what, str(error))
+                Skipped(update.name, update.shape, "none", opened.what, str(error))
             )
             continue
         if isinstance(found, str):
-            notes.append(f"{update.name}: {found}")
+            opened.notes.append(f"{update.name}: {found}")
         opened.matrices.extend(matrices_of(update, stored))
         alone += stored is None and not update.adapter.additive
     if alone:
-        notes.append(
+        opened.notes.append(
             f"`direction` alone of {alone} layers: their whole update depends on W, pass base="
         )
-    for name, stored in planes.items():
-        if bases is None:
-            reason = "trained whole beside the adapters: pass base= to see its update"
-            opened.skipped.append(_named(name, stored, reason))
-        else:
-            _pair(name, stored, bases.find(name), opened)
-    return opened

@@ -14,6 +14,7 @@ from structadapt.spectra.matrix import (
     Rows,
     SourceError,
     Stored,
+    all_finite,
     kernel,
     not_finite,
     rows_of,
@@ -56,7 +57,7 @@ class Update:
 
 def _read(stored: Stored) -> Tensor:
     tensor = stored.read(0, torch.Size(stored.shape).numel()).view(stored.shape)
-    if not torch.isfinite(tensor).all():
+    if not all_finite(tensor):
         raise not_finite(stored)
     return tensor
 
