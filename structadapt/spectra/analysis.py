@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from structadapt.spectra.contents import OF_A_RUN, RUN
 from structadapt.spectra.places import places_of
 from structadapt.spectra.progress import Progress, flops
 from structadapt.spectra.report import Report
 from structadapt.spectra.rows import Found, Settings, look
 from structadapt.spectra.sources import Matrix, Opened, Source, open_source
 
+BASE = "base.safetensors"  # beside the adapter of a training run
 Patterns = str | Iterable[str] | None
 
 
@@ -92,9 +94,9 @@ def _of_run(source: Source) -> Source | None:
     """The base of a training run's folder, `structadapt grpo --out`, if it is one."""
     if isinstance(source, str | os.PathLike):
         run = Path(source)
-        names = "adapter.safetensors", "config.json", "base.safetensors"
-        if all((run / name).is_file() for name in names):
-            return run / names[-1]
+        base = run / BASE
+        if base.is_file() and (run / RUN).is_file() and any((run / n).exists() for n in OF_A_RUN):
+            return base
     return None
 
 

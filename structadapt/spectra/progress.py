@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from structadapt.spectra.report import shown
+
 Progress = Callable[[int, int, float, str], None]  # (done, all, share of the work, name)
 
 
@@ -25,22 +27,22 @@ class Meter:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
-        self.shown = self.stream.isatty()
+        self.visible = self.stream.isatty()
         self.began = self.last = time.monotonic()
 
     def __call__(self, done: int, total: int, share: float, name: str) -> None:
         now = time.monotonic()
-        if not self.shown or (now - self.last < 0.2 and done < total):
+        if not self.visible or (now - self.last < 0.2 and done < total):
             return
         self.last = now
         left = f"{duration((now - self.began) * (1 - share) / share)} left" if share > 0 else ""
-        line = f"{done}/{total}  {share:4.0%}  {left:>12}  {name}"
+        line = f"{done}/{total}  {share:4.0%}  {left:>12}  {shown(name)}"
         self.stream.write(f"\r\x1b[K{line[:100]}")
         self.stream.flush()
 
     def close(self) -> None:
         """Take the line away."""
-        if self.shown:
+        if self.visible:
             self.stream.write("\r\x1b[K")
             self.stream.flush()
 
