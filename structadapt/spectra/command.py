@@ -25,13 +25,18 @@ BAD_INPUT, PARTIAL, FINDING = 2, 3, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    defaults = evidence.Thresholds()
     parser.add_argument(
         "path",
         help="a safetensors, .pt or .bin file, or a folder: a checkpoint, "
         "shards, a PEFT adapter, a training run",
     )
     parser.add_argument("--base", help="the weights it started from, in any of these forms")
+    _output(parser)
+    _analysis(parser)
+    _findings(parser)
+
+
+def _output(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="print the report as JSON, not tables")
     out.add_argument("--csv", metavar="FILE", help="write every measure, one line a matrix")
@@ -43,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also print how the frozen weights differ from random ones",
     )
+
+
+def _analysis(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is analysed, and how")
     what.add_argument("--include", metavar="RE", action="append", help="only modules with this")
     what.add_argument("--exclude", metavar="RE", action="append", help="no modules with this")
@@ -67,6 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     what.add_argument("--workers", type=int, metavar="N", help="matrices at a time")
+
+
+def _findings(parser: argparse.ArgumentParser) -> None:
+    defaults = evidence.Thresholds()
     fail = parser.add_argument_group("findings")
     fail.add_argument(
         "--fail-on",
