@@ -1,6 +1,7 @@
 """What a source holds, against what was written into it; and sources that are broken on purpose."""
 
 import copy
+import hashlib
 import json
 import os
 import struct
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import structadapt as sa
-from structadapt.spectra.matrix import CHUNK
+from structadapt.spectra.matrix import CHUNK, PIECE
 from structadapt.spectra.sources import SourceError, SourceNotFoundError, open_source
 
 
@@ -83,9 +84,9 @@ def test_a_file_gives_what_was_stored_bit_for_bit(tmp_path, dtype):
             assert matrix.source == str(tmp_path / file)
         if file != "old.pt":
             assert reasons(opened) == {"a.bias": "1-D, no matrix"}
-        ((path, size, digest),) = opened.files
-        assert path == str(tmp_path / file) and size == os.path.getsize(path)
-        assert digest is not None and len(digest) == 64
+        data = (tmp_path / file).read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        assert opened.files == [(str(tmp_path / file), len(data), digest)]
     assert any("held in memory" in note for note in opened.notes)
 
 
@@ -301,6 +302,14 @@ def test_a_difference_and_its_rounding_step(tmp_path, dtype):
     assert len(opened.files) == 2
 
 
+def test_a_difference_of_more_than_one_piece():
+    base, tuned = random(700, 801).bfloat16(), random(700, 801, seed=1).bfloat16()
+    assert base.numel() > 2 * PIECE
+    (matrix,) = open_source({"w": tuned}, {"w": base}).matrices
+    assert torch.equal(values(matrix), tuned.double() - base.double())
+    assert matrix.step == pytest.approx(np.sqrt(np.mean(spacing(tuned) ** 2)), rel=1e-12)
+
+
 def test_the_step_is_that_of_the_coarser_side(tmp_path):
     base, tuned = random(5, 5).bfloat16(), random(5, 5, seed=1)
     (matrix,) = open_source({"w": tuned}, {"w": base}).matrices
@@ -513,6 +522,9 @@ def test_a_training_run(tmp_path, net, train_a_little):
     safetensors.torch.save_file({"x": random(2, 2)}, tmp_path / "zz.safetensors")
     opened = open_source(tmp_path)
     assert opened.what == "training run, adapter file" and len(opened.matrices) == 2
+    opened = open_source(tmp_path, include=r"blocks\.1")
+    assert [m.name for m in opened.matrices] == ["blocks.1.attn"]
+    assert opened.notes == ["1 matrices were left out by include and exclude"]
 
 
 def test_a_packed_tensor_is_no_matrix():
