@@ -346,6 +346,8 @@ def test_pairing_two_checkpoints(tmp_path):
     wider = {**base, "h.1.weight": random(4, 3)}
     opened = open_source(base, wider)
     assert reasons(opened) == {"h.1": "h.1 is (3, 3) in the source and (4, 3) in the base"}
+    packed = {**base, "h.1.weight": torch.ones(3, 3, dtype=torch.int8)}
+    assert "h.1 cannot be used: int8" in reasons(open_source(tuned, packed))["transformer.h.1"]
     less = {n: t for n, t in base.items() if n != "h.2.weight"}
     with pytest.raises(SourceError, match=r"the base has no matrix h.2: .*allow_missing"):
         open_source(base, less)
@@ -396,6 +398,8 @@ def test_tied_buffered_and_absent_weights_of_a_module(net):
     assert why["lm_head"] == "the same storage as embed, which is looked at"
     assert why["cos"] == "a buffer, no weight" and "meta device" in why["blocks.0.up"]
     assert "empty" in why["blocks.1.up"] and len(opened.matrices) == 5
+    found = by_name(open_source(net, exclude="embed"))
+    assert "embed" not in found and torch.equal(values(found["lm_head"]), net.lm_head.weight)
     with pytest.raises(SourceError, match=r"the model: .*embed \(11 x 32\): on the meta device"):
         open_source(net.to("meta"))
 
@@ -494,6 +498,14 @@ def test_adapters_on_weights_that_are_stored_transposed(tmp_path, train_a_little
         assert found.keys() == deltas.keys()
         for name, delta in deltas.items():
             torch.testing.assert_close(values(found[name]).float(), delta, rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_of_a_head_that_is_tied(net, tmp_path, train_a_little):
+    net.lm_head.weight = net.embed.weight
+    base = copy.deepcopy(net)
+    train_a_little(sa.adapt(net, sa.DoRA(rank=2), ["lm_head"]))
+    sa.save(net, tmp_path / "a.safetensors")
+    check_updates(open_source(tmp_path / "a.safetensors", base), net, base)
 
 
 def test_an_adapter_over_the_wrong_base(net, tmp_path, train_a_little):
