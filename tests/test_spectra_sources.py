@@ -1,6 +1,7 @@
 """What a source holds, against what was written into it; and sources that are broken on purpose."""
 
 import copy
+import hashlib
 import json
 import os
 import struct
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import structadapt as sa
-from structadapt.spectra.matrix import CHUNK
+from structadapt.spectra.matrix import CHUNK, PIECE
 from structadapt.spectra.sources import SourceError, SourceNotFoundError, open_source
 
 
@@ -83,9 +84,9 @@ def test_a_file_gives_what_was_stored_bit_for_bit(tmp_path, dtype):
             assert matrix.source == str(tmp_path / file)
         if file != "old.pt":
             assert reasons(opened) == {"a.bias": "1-D, no matrix"}
-        ((path, size, digest),) = opened.files
-        assert path == str(tmp_path / file) and size == os.path.getsize(path)
-        assert digest is not None and len(digest) == 64
+        data = (tmp_path / file).read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        assert opened.files == [(str(tmp_path / file), len(data), digest)]
     assert any("held in memory" in note for note in opened.notes)
 
 
@@ -301,6 +302,14 @@ def test_a_difference_and_its_rounding_step(tmp_path, dtype):
     assert len(opened.files) == 2
 
 
+def test_a_difference_of_more_than_one_piece():
+    base, tuned = random(700, 801).bfloat16(), random(700, 801, seed=1).bfloat16()
+    assert base.numel() > 2 * PIECE
+    (matrix,) = open_source({"w": tuned}, {"w": base}).matrices
+    assert torch.equal(values(matrix), tuned.double() - base.double())
+    assert matrix.step == pytest.approx(np.sqrt(np.mean(spacing(tuned) ** 2)), rel=1e-12)
+
+
 def test_the_step_is_that_of_the_coarser_side(tmp_path):
     base, tuned = random(5, 5).bfloat16(), random(5, 5, seed=1)
     (matrix,) = open_source({"w": tuned}, {"w": base}).matrices
@@ -337,6 +346,8 @@ def test_pairing_two_checkpoints(tmp_path):
     wider = {**base, "h.1.weight": random(4, 3)}
     opened = open_source(base, wider)
     assert reasons(opened) == {"h.1": "h.1 is (3, 3) in the source and (4, 3) in the base"}
+    packed = {**base, "h.1.weight": torch.ones(3, 3, dtype=torch.int8)}
+    assert "h.1 cannot be used: int8" in reasons(open_source(tuned, packed))["transformer.h.1"]
     less = {n: t for n, t in base.items() if n != "h.2.weight"}
     with pytest.raises(SourceError, match=r"the base has no matrix h.2: .*allow_missing"):
         open_source(base, less)
@@ -387,6 +398,8 @@ def test_tied_buffered_and_absent_weights_of_a_module(net):
     assert why["lm_head"] == "the same storage as embed, which is looked at"
     assert why["cos"] == "a buffer, no weight" and "meta device" in why["blocks.0.up"]
     assert "empty" in why["blocks.1.up"] and len(opened.matrices) == 5
+    found = by_name(open_source(net, exclude="embed"))
+    assert "embed" not in found and torch.equal(values(found["lm_head"]), net.lm_head.weight)
     with pytest.raises(SourceError, match=r"the model: .*embed \(11 x 32\): on the meta device"):
         open_source(net.to("meta"))
 
@@ -487,6 +500,14 @@ def test_adapters_on_weights_that_are_stored_transposed(tmp_path, train_a_little
             torch.testing.assert_close(values(found[name]).float(), delta, rtol=1e-5, atol=1e-6)
 
 
+def test_an_adapter_of_a_head_that_is_tied(net, tmp_path, train_a_little):
+    net.lm_head.weight = net.embed.weight
+    base = copy.deepcopy(net)
+    train_a_little(sa.adapt(net, sa.DoRA(rank=2), ["lm_head"]))
+    sa.save(net, tmp_path / "a.safetensors")
+    check_updates(open_source(tmp_path / "a.safetensors", base), net, base)
+
+
 def test_an_adapter_over_the_wrong_base(net, tmp_path, train_a_little):
     base = copy.deepcopy(net)
     train_a_little(sa.adapt(net, sa.LoRA(rank=2), ["attn"]))
@@ -513,6 +534,9 @@ def test_a_training_run(tmp_path, net, train_a_little):
     safetensors.torch.save_file({"x": random(2, 2)}, tmp_path / "zz.safetensors")
     opened = open_source(tmp_path)
     assert opened.what == "training run, adapter file" and len(opened.matrices) == 2
+    opened = open_source(tmp_path, include=r"blocks\.1")
+    assert [m.name for m in opened.matrices] == ["blocks.1.attn"]
+    assert opened.notes == ["1 matrices were left out by include and exclude"]
 
 
 def test_a_packed_tensor_is_no_matrix():

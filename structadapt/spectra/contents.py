@@ -154,8 +154,10 @@ def _fit_names(content: Content) -> Content:
 
 def _described(path: Path) -> tuple[str, int, str | None]:
     size = path.stat().st_size
-    digest = hashlib.sha256(path.read_bytes()).hexdigest() if size <= HASHED else None
-    return str(path), size, digest
+    if size > HASHED:
+        return str(path), size, None
+    with open(path, "rb") as file:
+        return str(path), size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _of_folder(folder: Path) -> Content:

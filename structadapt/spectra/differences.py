@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from structadapt.spectra.matrix import Matrix, Stored, rows_of, weight
+from structadapt.spectra.matrix import PIECE, Matrix, Stored, rows_of, weight
 
 # of the bits of a floating point number: as an integer, bits of the fraction, bias of the exponent
 LAYOUTS = {
@@ -24,9 +24,10 @@ def difference(name: str, tuned: Stored, base: Stored) -> Matrix:
     def rows() -> Iterator[Tensor]:
         squares, count = 0.0, 0
         for high, low in zip(rows_of(tuned), rows_of(base), strict=True):
-            squares += _sum_of_ulp_squares(high, low)
-            count += high.numel()
-            yield high.double() - low.double()
+            part, own = _subtracted(high, low)
+            squares += own
+            count += part.numel()
+            yield part
         total[:] = [(squares / count) ** 0.5 if count else 0.0]
 
     def rounding() -> float:
@@ -49,6 +50,18 @@ def difference(name: str, tuned: Stored, base: Stored) -> Matrix:
         tuned=weight(name, tuned),
         rounding=rounding if tuned.rounded else None,
     )
+
+
+def _subtracted(tuned: Tensor, base: Tensor) -> tuple[Tensor, float]:
+    """The difference in float64 and the sum of the squared ulps, piece by piece: at once, it would
+    take several times the memory."""
+    result = torch.empty(tuned.shape, dtype=torch.float64)
+    squares = 0.0
+    pieces = (t.reshape(-1).split(PIECE) for t in (result, tuned, base))
+    for difference, high, low in zip(*pieces, strict=True):
+        difference.copy_(high).sub_(low.double())
+        squares += _sum_of_ulp_squares(high, low)
+    return result, squares
 
 
 def _sum_of_ulp_squares(tuned: Tensor, base: Tensor) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 CHUNK = 2**23  # values in a slice of rows: 64 MiB in float64
+PIECE = 2**18  # values that fit a cache
 DTYPES = {  # what is looked at, by name
     "float64": torch.float64,
     "float32": torch.float32,
@@ -135,9 +136,9 @@ class Stored:
         return Skipped(self.name, self.shape, self.dtype, self.source, reason or self.problem)
 
 
-def spans(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+def spans(shape: tuple[int, int], most: int | None = None) -> Iterator[tuple[int, int]]:
     """(start, stop) of slices of rows, each of at most CHUNK values, at least one row."""
-    height = max(1, CHUNK // max(1, shape[1]))
+    height = max(1, (most or CHUNK) // max(1, shape[1]))
     for start in range(0, shape[0], height):
         yield start, min(start + height, shape[0])
 
@@ -161,7 +162,7 @@ def rows_of(stored: Stored) -> Iterator[Tensor]:
 def all_finite(x: Tensor) -> bool:
     """In pieces that fit a cache: of a large slice at once it takes several times the memory."""
     flat = x.mT.reshape(-1) if x.dim() == 2 and x.mT.is_contiguous() else x.reshape(-1)
-    return all(bool(torch.isfinite(piece).all()) for piece in flat.split(2**18))
+    return all(bool(torch.isfinite(piece).all()) for piece in flat.split(PIECE))
 
 
 def whole_matrix(stored: Stored) -> Tensor:

@@ -212,9 +212,11 @@ def rounding_step(stored: Tensor) -> float:
     """Root mean square distance between neighbouring values of the dtype, at each stored value."""
     if not stored.numel():
         return 0.0
-    info = torch.finfo(stored.dtype)
-    exponent = torch.frexp(stored.detach().double().abs().clamp(min=info.tiny)).exponent
-    return torch.ldexp(torch.tensor(info.eps / 2), exponent).double().square().mean().sqrt().item()
+    info, total = torch.finfo(stored.dtype), 0.0
+    for part in stored.detach().flatten().split(engine.CHUNK):
+        size, exponent = torch.frexp(part.to(torch.float64).abs().clamp(min=info.tiny))
+        total += torch.ldexp(torch.ones_like(size), 2 * exponent).sum().item()  # of 2^exponent
+    return info.eps / 2 * math.sqrt(total / stored.numel())
 
 
 # -- all of them -----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Names of tensors as checkpoints have them, and the module paths they stand for."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Set
 
 from structadapt.layers import plain_name
 from structadapt.spectra.matrix import DTYPES, SourceError, Stored
@@ -73,7 +73,7 @@ def _stem(name: str) -> str:
     return stem.removesuffix(".weight")
 
 
-def shared_prefix(missing: list[str], base: Mapping[str, Stored]) -> tuple[str, str]:
+def shared_prefix(missing: list[str], base: Set[str]) -> tuple[str, str]:
     """(to strip, to add) with which the base has the most of the names that it lacks, and at least
     half of them: `transformer.h.0` where the base has `h.0`. ("", "") if there is none."""
     found = set()

@@ -8,7 +8,8 @@ singular values and is small whatever the shape: the triangle R of the QR of a G
 has normal entries above and chi-distributed ones on its diagonal. Beyond, the draws differ by
 parts in a thousand, and the quantiles of the Marchenko-Pastur law stand for all of them. The
 participation ratio n / (1 + g) and the stable rank n / (1 + sqrt g)^2, g = n / max(m, k), are
-what both come to.
+what both come to. alpha of the Kolmogorov-Smirnov fit has no such limit: it differs between draws
+by half of itself, and its null is an example; compare `alpha_median`.
 """
 
 import math
@@ -27,12 +28,13 @@ SEED = 0
 
 Values = dict[str, float | None]
 
-# Without a null: they depend on a threshold that is the caller's.
+# Without a null: they depend on a threshold that is the caller's. Marchenko-Pastur spikes have
+# none either: they are counted against this very null, which has 0.01 of them.
 WITHOUT = ("numerical_rank", "rank_above_noise", "noise_edge", "effective_rank_cut")
 
 
 def null(shape: tuple[int, int], rank: int | None = None) -> Values:
-    """Every measure of `measures`, `powerlaw` and `marchenko_pastur` by name, for Gaussian noise.
+    """The measures of `measures` and `powerlaw` by name, for Gaussian noise.
 
     shape: (m, k). rank: of a product of two Gaussian factors (m, rank) and (rank, k) instead,
     what an adapter of that rank is without any preference among its directions; its
@@ -64,11 +66,7 @@ def _null(M: int, N: int, rank: int | None) -> Values:
 def _summary(s: Tensor, shape: tuple[int, int]) -> Values:
     norm = measures.frobenius_norm(s)
     s = s / norm if norm else s
-    everything = {
-        **measures.summary(s, shape),
-        **powerlaw.summary(s),
-        **marchenko_pastur.summary(s, shape),
-    }
+    everything = {**measures.summary(s, shape), **powerlaw.summary(s)}
     return {name: value for name, value in everything.items() if name not in WITHOUT}
 
 
@@ -100,7 +98,7 @@ def _triangle(random: np.random.Generator, m: int, k: int) -> np.ndarray:
 def null_spectrum(shape: tuple[int, int]) -> Tensor:
     """The expected singular values of a Gaussian matrix (m, k) of unit variance, largest first:
     the square roots of N times the quantiles of the Marchenko-Pastur law. For plots, and exact as
-    min(m, k) grows: the largest is a few parts in min(m, k)^(2/3) off."""
+    min(m, k) grows: the largest is a few parts in min(m, k)^(2/3) off, and the smallest too."""
     M, N = sorted(shape)
     if M == 0:
         return torch.zeros(0, dtype=torch.float64)

@@ -118,9 +118,10 @@ def _refuse_no_choice(names: list[str], left: int, notes: list[str]) -> None:
 
 
 def _planes(
-    tensors: Mapping[str, Stored], notes: list[str]
+    tensors: Mapping[str, Stored], notes: list[str], chosen: Choice
 ) -> tuple[dict[str, Stored], list[Skipped]]:
-    """All matrices among stored tensors by module path, and the rest with the reasons."""
+    """All matrices among stored tensors by module path, and the rest with the reasons. Of several
+    names of one storage, those after the first that is chosen are left out."""
     packs = packs_of(tensors.values())
     found: dict[str, Stored] = {}
     skipped, ties = [], {}
@@ -135,7 +136,7 @@ def _planes(
         if reason:
             skipped.append(Skipped(name, stored.shape, stored.dtype, stored.source, reason))
             continue
-        if stored.tie is not None:
+        if stored.tie is not None and chosen(name):
             ties[stored.tie] = name
         if is_stack(stored):
             stacks += 1
@@ -155,7 +156,7 @@ def _weights(
     content: Content, below: Content | None, allow_missing: bool, chosen: Choice
 ) -> Opened:
     notes = list(content.notes)
-    found, skipped = _planes(content.tensors, notes)
+    found, skipped = _planes(content.tensors, notes, chosen)
     planes = {name: stored for name, stored in found.items() if chosen(name)}
     _refuse_no_choice([*found], len(planes), notes)
     skipped = [entry for entry in [*content.skipped, *skipped] if chosen(entry.name)]
@@ -211,17 +212,13 @@ class _Bases:
     def __init__(
         self, below: Content, names: Iterable[str], opened: Opened, allow_missing: bool
     ) -> None:
-        self.planes, skipped = _planes(below.tensors, [])
+        self.planes, skipped = _planes(below.tensors, [], lambda name: False)  # ties too
         self.unfit = {s.name: s.reason for s in skipped}
-        self.prefix = ("", "")
-        for entry in skipped:  # a tie of the base is the same matrix
-            tied = entry.reason.removeprefix("the same storage as ").partition(",")[0]
-            if tied in self.planes:
-                self.planes[entry.name] = self.planes[tied]
-        missing = [n for n in names if n not in self.planes and n not in self.unfit]
-        strip, add = self.prefix = shared_prefix(missing, self.planes) if missing else ("", "")
+        known = self.planes.keys() | self.unfit.keys()
+        missing = [name for name in names if name not in known]
+        strip, add = self.prefix = shared_prefix(missing, known) if missing else ("", "")
         if strip or add:
-            missing = [n for n in missing if renamed(n, self.prefix) not in self.planes]
+            missing = [name for name in missing if renamed(name, self.prefix) not in known]
             way = "left out" if strip else "put before"
             opened.notes.append(f"to find the names in the base, {strip or add!r} is {way}")
         if missing and not allow_missing:
@@ -247,7 +244,7 @@ def _adapter(
     content: Content, below: Content | None, allow_missing: bool, chosen: Choice
 ) -> Opened:
     notes = list(content.notes)
-    whole, skipped = _planes(content.tensors, notes)
+    whole, skipped = _planes(content.tensors, notes, chosen)
     planes = {name: stored for name, stored in whole.items() if chosen(name)}
     updates = [update for update in content.updates if chosen(update.name)]
     names = [*(update.name for update in updates), *planes]
@@ -275,8 +272,9 @@ def _add_updates(updates: list[Update], bases: "_Bases | None", opened: Opened) 
             update.refuse_unreadable()
             stored = None if found is None or isinstance(found, str) else fitted(update, found)
         except SourceError as error:
+            some = next(iter(update.tensors.values()))
             opened.skipped.append(
-                Skipped(update.name, update.shape, "none", opened.what, str(error))
+                Skipped(update.name, update.shape, some.dtype, some.source, str(error))
             )
             continue
         if isinstance(found, str):

@@ -10,6 +10,7 @@ from torch import Tensor
 from structadapt.adapters import Adapter, DoRA, LoRA
 from structadapt.checkpoint import fingerprint
 from structadapt.spectra.matrix import (
+    PIECE,
     Matrix,
     Rows,
     SourceError,
@@ -141,7 +142,7 @@ def _dense(update: Update) -> Rows:
         else:
             out, width = update.shape
             delta = torch.empty(update.shape, dtype=torch.float64)
-            for start, stop in spans((width, max(out, width))):
+            for start, stop in spans((width, max(out, width)), 4 * PIECE):
                 unit = torch.zeros(stop - start, width, dtype=torch.float64)
                 unit[torch.arange(stop - start), torch.arange(start, stop)] = 1.0
                 delta[:, start:stop] = apply(unit, out, p).T
