@@ -431,7 +431,7 @@ def test_thresholds_and_what_fails():
     assert [f.kind for f in found] == ["collapsed", "concentrated"], "the worst first"
     assert len(failing(found, ["concentrated"])) == 2 and len(failing(found, ["oversized"])) == 1
     assert not failing(found, ["intruders"]) and len(failing(found, ["any"])) == 2
-    high = sa.spectra.Thresholds(concentrated=0.65, oversized=2.0)
+    high = sa.spectra.Limits(concentrated=0.65, oversized=2.0)
     assert [f.kind for f in sa.spectra.findings(report, high)] == ["concentrated"]
     with pytest.raises(ValueError, match="no finding 'bad'"):
         failing(found, ["bad"])
@@ -572,15 +572,16 @@ def test_the_noise_edge_and_random_matrices_are_in_the_picture(tmp_path):
 
 def test_training_curves(tmp_path):
     log, picture = tmp_path / "monitor.jsonl", tmp_path / "t.png"
-    log.write_text("")
-    with pytest.raises(ValueError, match="holds no record"):
-        plots.training(log, picture)
-    quantiles = {"p10": 0.1, "median": 0.2, "p90": None}
+    for text in ("", "{", '{"step": 1}', "[]"):
+        log.write_text(text)
+        with pytest.raises(ValueError, match="holds no reading of a monitor"):
+            plots.training(log, picture)
+    names = ("participation_ratio", "topk_energy", "relative_norm")
     records = [
-        {"step": i, "D_2": quantiles, "top1": quantiles, "rho_F": quantiles, "state": state}
+        {"step": i, "state": state, "bands": {name: [0.1 * i, 0.2, None] for name in names}}
         for i, state in enumerate(["healthy", "healthy", "concentrated"])
     ]
-    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    log.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"torn')
     assert is_png(plots.training(log, picture))
 
 

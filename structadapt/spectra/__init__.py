@@ -3,7 +3,7 @@ models, checkpoints and adapters."""
 
 from structadapt.spectra.analysis import analyze
 from structadapt.spectra.comparing import Comparison, compare
-from structadapt.spectra.evidence import Finding, Thresholds, findings
+from structadapt.spectra.evidence import Finding, Limits, findings
 from structadapt.spectra.measures import (
     effective_rank,
     effective_rank_energy,
@@ -17,8 +17,8 @@ from structadapt.spectra.report import Report
 __all__ = [
     "Comparison",
     "Finding",
+    "Limits",
     "Report",
-    "Thresholds",
     "analyze",
     "compare",
     "effective_rank",

@@ -70,12 +70,20 @@ MEASURES = (
     Column("alpha_clip_low", "alpha, low", "smallest alpha with up to 9 top values left out"),
     Column("alpha_clip_high", "alpha, high", "largest alpha with up to 9 top values left out"),
     Column("alpha_median", "alpha med.", "power law of the upper half of e", null=True),
-    Column("mp_spikes", "MP spikes", "eigenvalues above the Marchenko-Pastur bulk"),
+    Column(
+        "mp_spikes",
+        "MP spikes",
+        "eigenvalues above the Marchenko-Pastur bulk of a shuffle, Tracy-Widom 99 %",
+    ),
     Column("mp_spike_energy", "spike energy", "their share of sum e"),
     Column("relative_norm", "|dW|/|W| F", "|dW|_F / |W|_F"),
     Column("relative_spectral", "|dW|/|W| 2", "s_1(dW) / s_1(W)"),
     Column("nss_drift", "NSS drift", "|s(W') - s(W)|_2 / |s(W)|_2"),
-    Column("angle_left_max", "angle left", "largest principal angle of the top left subspaces"),
+    Column(
+        "angle_left_max",
+        "angle left",
+        "largest angle between the principal left subspaces of W and W'",
+    ),
     Column("angle_right_max", "angle right", "the same of the right subspaces"),
     Column(
         "off_principal_left",
@@ -90,8 +98,12 @@ MEASURES = (
         "share outside the top directions of both sides",
         null=True,
     ),
-    Column("intruders", "intruders", "of the top 10 left vectors of W', those like none of W"),
-    Column("sparsity", "unchanged", "share of weights that did not change"),
+    Column(
+        "intruders",
+        "intruders",
+        "of the top 10 left vectors of W', those with no |cosine| of 0.5 to one of W",
+    ),
+    Column("sparsity", "unchanged", "share of weights with |w' - w| <= 0.001 max(|w|, |w'|)"),
     Column("magnitude_mean", "m drift", "DoRA: mean of |m / |W|_row - 1|"),
     Column("magnitude_max", "m drift max", "DoRA: max of |m / |W|_row - 1|"),
 )
@@ -121,7 +133,7 @@ def meaning(name: str) -> str:
     """What a column holds, in words. KeyError for one that is none."""
     words = {c.name: c.meaning for c in (*IDENTITY, *MEASURES, *END)}
     for part, text in (
-        ("null", "median of {} over random matrices of the same shape"),
+        ("null", "mean of {} over random matrices of the same shape"),
         ("ratio", "{0} / {0}_null"),
     ):
         stem = name.removesuffix(f"_{part}")
@@ -147,6 +159,16 @@ TITLES = {
     "participation_ratio": "participation ratio D_2",
     "topk_energy": "top-1 energy",
     "relative_norm": "|dW| / |W|, Frobenius",
+    "relative_spectral": "|dW| / |W|, spectral",
     "frobenius_norm": "Frobenius norm",
     "alpha_median": "alpha of the upper half",
 }
+
+
+def table() -> str:
+    """The columns as a Markdown table, for docs/spectra.md."""
+    lines = ["| field | meaning | null |", "|---|---|---|"]
+    for column in (*IDENTITY, *MEASURES, *END):
+        words = column.meaning.replace("|", "\\|")
+        lines.append(f"| `{column.name}` | {words} | {'yes' if column.null else ''} |")
+    return "\n".join(lines)

@@ -78,7 +78,7 @@ def _analysis(parser: argparse.ArgumentParser) -> None:
 
 
 def _findings(parser: argparse.ArgumentParser) -> None:
-    defaults = evidence.Thresholds()
+    defaults = evidence.Limits()
     fail = parser.add_argument_group("findings")
     fail.add_argument(
         "--fail-on",
@@ -116,7 +116,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         _check_outputs(options)
         report = _analysed(options)
-        t = evidence.Thresholds(options.concentrated, options.oversized, options.intruders)
+        t = evidence.Limits(options.concentrated, options.oversized, options.intruders)
         found = evidence.findings(report, t)
         statistics = maturity.frozen_weights(report) if options.maturity else None
         _write(report, found, statistics, options)

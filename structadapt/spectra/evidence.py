@@ -13,7 +13,7 @@ UPDATES = ("update", "effective", "direction")
 
 
 @dataclass(frozen=True)
-class Thresholds:
+class Limits:
     """Where a finding begins. These are defaults of this library, not of a paper."""
 
     concentrated: float = 0.5  # top-1 energy of an update
@@ -34,14 +34,14 @@ class Finding:
         return {"kind": self.kind, "name": self.name, "evidence": self.evidence}
 
 
-Rule = Callable[[Row, Thresholds], tuple[str, float] | None]  # (evidence, weight)
+Rule = Callable[[Row, Limits], tuple[str, float] | None]  # (evidence, weight)
 
 
-def _nonfinite(row: Row, t: Thresholds) -> tuple[str, float] | None:
+def _nonfinite(row: Row, t: Limits) -> tuple[str, float] | None:
     return (row["reason"], 1e9) if "not finite" in row["reason"] else None
 
 
-def _concentrated(row: Row, t: Thresholds) -> tuple[str, float] | None:
+def _concentrated(row: Row, t: Limits) -> tuple[str, float] | None:
     top = row["topk_energy"]
     if top is None or top < t.concentrated or row["max_rank"] < 3 or not row["frobenius_norm"]:
         return None
@@ -49,28 +49,28 @@ def _concentrated(row: Row, t: Thresholds) -> tuple[str, float] | None:
     return words + _beside(row, "topk_energy", "{:.1%}"), top / max(t.concentrated, 1e-9)
 
 
-def _oversized(row: Row, t: Thresholds) -> tuple[str, float] | None:
+def _oversized(row: Row, t: Limits) -> tuple[str, float] | None:
     size = row["relative_spectral"]
     if size is None or size < t.oversized:
         return None
     return f"s_1(dW) is {shown(size, 3)} times s_1(W)", size / max(t.oversized, 1e-9)
 
 
-def _collapsed(row: Row, t: Thresholds) -> tuple[str, float] | None:
+def _collapsed(row: Row, t: Limits) -> tuple[str, float] | None:
     one, other = _concentrated(row, t), _oversized(row, t)
     if one is None or other is None:
         return None
     return f"{one[0]}; {other[0]}", 10 * max(one[1], other[1])
 
 
-def _intruders(row: Row, t: Thresholds) -> tuple[str, float] | None:
+def _intruders(row: Row, t: Limits) -> tuple[str, float] | None:
     count = row["intruders"]
     if count is None or count < t.intruders or not count:
         return None
     return f"{count} of the top 10 left vectors of W' are like none of W", count / 10
 
 
-def _rounding(row: Row, t: Thresholds) -> tuple[str, float] | None:
+def _rounding(row: Row, t: Limits) -> tuple[str, float] | None:
     raw, cut = row["effective_rank"], row["effective_rank_cut"]
     if raw is None or cut is None or raw <= 2 * cut or not row["frobenius_norm"]:
         return None
@@ -89,12 +89,12 @@ RULES: dict[str, tuple[str, Rule, tuple[str, ...]]] = {  # meaning, rule, kinds 
 }
 
 
-def findings(report: Report, thresholds: Thresholds | None = None) -> list[Finding]:
+def findings(report: Report, thresholds: Limits | None = None) -> list[Finding]:
     """All findings of a report, the worst first, one a matrix and kind.
 
     A matrix that is `collapsed` is not named again as concentrated and oversized.
     """
-    t, found = thresholds or Thresholds(), []
+    t, found = thresholds or Limits(), []
     for row in report.rows:
         kinds: set[str] = set()
         for kind, (_, rule, where) in RULES.items():

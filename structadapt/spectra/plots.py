@@ -5,6 +5,7 @@ several adapters on one scale, and the curves of a training run. Nothing is show
 no global setting of matplotlib is touched.
 """
 
+import itertools
 import json
 import math
 import os
@@ -160,45 +161,50 @@ def comparison(reports: Mapping[str, Report], path: Where) -> Path:
 
 def training(path: Where, picture: Where) -> Path:
     """The curves of a run from its monitor.jsonl: medians over modules with 10-90 % bands, and
-    marks where a state began. ValueError for a file without records."""
-    names = {"D_2": "D_2", "top1": "top-1 energy", "rho_F": "|dW|/|W| F", "rho_2": "|dW|/|W| 2"}
-    records = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
-    if not records:
-        raise ValueError(f"{path} holds no record of a monitor")
+    marks where a state began. ValueError for a file that is no log of a monitor."""
+    records = _records(path)
     steps = [record["step"] for record in records]
     figure = new_figure(9, 6)
     panels = list(figure.subplots(2, 2).flat)
-    for axes, (key, words) in zip(panels, names.items(), strict=True):
-        found = [record.get(key) or {} for record in records]
-        low, median, high = (
-            np.array([_number(f.get(q)) for f in found], dtype=float)
-            for q in ("p10", "median", "p90")
-        )
+    wanted = ("participation_ratio", "topk_energy", "relative_norm", "relative_spectral")
+    for axes, name in zip(panels, wanted, strict=True):
+        bands = [record["bands"].get(name) or (None, None, None) for record in records]
+        low, median, high = np.array(bands, dtype=np.float64).T  # None becomes NaN
         axes.fill_between(steps, low, high, color=COLOURS[5], alpha=0.35, label="10-90 %")
         axes.plot(steps, median, color=COLOURS[0], label="median")
         for step, state in _changes(records):
             axes.axvline(step, color=EDGE, linewidth=0.8, linestyle="-.")
-            axes.text(step, 0.99, f" {label(state)}", transform=axes.get_xaxis_transform(),
-                      rotation=90, va="top", fontsize=8, color=EDGE)  # fmt: skip
-        if key.startswith("rho") and (low > 0).any():
+            mark = {"rotation": 90, "va": "top", "fontsize": 8, "color": EDGE}
+            axes.text(step, 0.99, f" {label(state)}", transform=axes.get_xaxis_transform(), **mark)
+        if name.startswith("relative") and (low > 0).any():
             axes.set_yscale("log")
-        axes.set(xlabel="step", title=words)
+        axes.set(xlabel="step", title=title(name))
         axes.grid(alpha=0.3)
-    panels[-1].legend(loc="best", fontsize=8)
+    panels[-1].legend(loc="lower right", fontsize=8)
     return written(figure, picture)
 
 
+def _records(path: Where) -> list[dict[str, Any]]:
+    """The readings of a monitor; the last line may be torn."""
+    found = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+            found.append({key: record[key] for key in ("step", "state", "bands")})
+        except (ValueError, KeyError, TypeError):
+            break
+    if not found:
+        raise ValueError(f"{path} holds no reading of a monitor")
+    return found
+
+
 def _changes(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
-    states = [(record["step"], record.get("state")) for record in records]
+    """(step, state) where the state became another."""
     return [
-        (step, state)
-        for (step, state), (_, before) in zip(states[1:], states, strict=False)
-        if state and state != before
+        (after["step"], after["state"])
+        for before, after in itertools.pairwise(records)
+        if after["state"] != before["state"]
     ]
-
-
-def _number(value: Any) -> float:
-    return value if isinstance(value, int | float) else math.nan
 
 
 def _curves(rows: Sequence[Row]) -> tuple[Any, Any, Any]:

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from structadapt.spectra import compare, engine
+from structadapt.spectra import engine
+from structadapt.spectra import relations as compare
 
 
 def random(*shape, seed=0):
