@@ -177,7 +177,7 @@ def training(path: Where, picture: Where) -> Path:
             mark = {"rotation": 90, "va": "top", "fontsize": 8, "color": EDGE}
             axes.text(step, 0.99, f" {label(state)}", transform=axes.get_xaxis_transform(), **mark)
         if name.startswith("relative") and (low > 0).any():
-            axes.set_yscale("log")
+            _plain_log(axes, "y")
         axes.set(xlabel="step", title=title(name))
         axes.grid(alpha=0.3)
     panels[-1].legend(loc="lower right", fontsize=8)
@@ -292,12 +292,13 @@ def _strip(axes: Any, values: np.ndarray, y: int, colour: str) -> None:
     axes.plot(middle, y, "|", color="black", markersize=14, markeredgewidth=2, zorder=4)
 
 
-def _plain_log(axes: Any) -> None:
-    """A logarithmic x axis with few numbers, such as 20 and 0.003."""
+def _plain_log(axes: Any, which: str = "x") -> None:
+    """A logarithmic axis with few numbers, such as 20 and 0.003."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="x", labelsize=8)
+    axis = getattr(axes, f"{which}axis")
+    axes.set(**{f"{which}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis=which, labelsize=8)
