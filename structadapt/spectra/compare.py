@@ -114,8 +114,8 @@ def off_principal_energy(update: Update, U: Tensor, V: Tensor) -> OffPrincipal |
     if not whole:
         return None
     (m, j), (k, i) = U.shape, V.shape
-    off = [min(1.0, max(0.0, 1 - _energy(part) / whole)) for part in parts]
-    return OffPrincipal(*off, 1 - j / m, 1 - i / k, 1 - i * j / (m * k))
+    left, right, both = (min(1.0, max(0.0, 1 - _energy(part) / whole)) for part in parts)
+    return OffPrincipal(left, right, both, 1 - j / m, 1 - i / k, 1 - i * j / (m * k))
 
 
 def _unit(X: Tensor) -> Tensor:
