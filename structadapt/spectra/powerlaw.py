@@ -106,9 +106,8 @@ def _array(values: Eigenvalues) -> np.ndarray:
 def _log_above(eigenvalues: Eigenvalues, threshold: float | None) -> np.ndarray:
     """Logarithms of the eigenvalues above the threshold, ascending."""
     e = np.sort(_array(eigenvalues))
-    if threshold is None:
-        threshold = len(e) * np.finfo(np.float64).eps * e[-1] if len(e) else 0.0
-    return np.log(e[e > max(threshold, 0.0)])
+    rounding = len(e) * np.finfo(np.float64).eps * e[-1] if len(e) else 0.0
+    return np.log(e[e > max(0.0, rounding if threshold is None else threshold)])
 
 
 def _fit(log: np.ndarray) -> PowerLaw | None:
@@ -130,9 +129,9 @@ def _fit(log: np.ndarray) -> PowerLaw | None:
     for at in np.argsort(bounds, kind="stable"):
         if bounds[at] > least:
             break
-        i = tried[at]
-        theory = -np.expm1((1 - alpha[at]) * (log[i:] - log[i]))
-        D = np.abs(theory - np.arange(n[i]) / n[i]).max()
+        tail = log[tried[at] :]
+        theory = -np.expm1((1 - alpha[at]) * (tail - tail[0]))
+        D = np.abs(theory - np.arange(len(tail)) / len(tail)).max()
         if (D, at) < (least, best):
             best, least = at, D
     i = tried[best]
