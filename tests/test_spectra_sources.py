@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import os
 import struct
 import tracemalloc
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import structadapt as sa
+from structadapt.spectra.differences import ulp_exponents
 from structadapt.spectra.matrix import CHUNK, PIECE
 from structadapt.spectra.sources import SourceError, SourceNotFoundError, open_source
 
@@ -300,6 +302,17 @@ def test_a_difference_and_its_rounding_step(tmp_path, dtype):
     assert matrix.kind == "update" and matrix.precision == f"difference of {matrix.dtype}"
     assert torch.equal(values(matrix.base), base) and torch.equal(values(matrix.tuned), tuned)
     assert len(opened.files) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_ulp_of_every_size(dtype):
+    info = torch.finfo(dtype)
+    x = torch.tensor([0.0, info.smallest_normal, -1.0, 1.5, -info.max, 3e-3], dtype=dtype)
+    x = torch.cat([x, x[1:2] / 2, -x[1:2] * 2])
+    smallest = info.smallest_normal * info.eps  # of 0 and of what is below the normal numbers
+    exact = [smallest if v < info.smallest_normal else math.ldexp(info.eps, math.frexp(v)[1] - 1)
+             for v in x.abs().double().tolist()]  # fmt: skip
+    np.testing.assert_array_equal(torch.exp2(ulp_exponents(x).double()).numpy(), exact)
 
 
 def test_a_difference_of_more_than_one_piece():
