@@ -431,6 +431,8 @@ def test_thresholds_and_what_fails():
     assert [f.kind for f in found] == ["collapsed", "concentrated"], "the worst first"
     assert len(failing(found, ["concentrated"])) == 2 and len(failing(found, ["oversized"])) == 1
     assert not failing(found, ["intruders"]) and len(failing(found, ["any"])) == 2
+    both = Report([row_of(topk_energy=0.9, kind=kind) for kind in ("direction", "effective")])
+    assert [f.kind for f in sa.spectra.findings(both)] == ["concentrated"], "once a module"
     high = sa.spectra.Limits(concentrated=0.65, oversized=2.0)
     assert [f.kind for f in sa.spectra.findings(report, high)] == ["concentrated"]
     with pytest.raises(ValueError, match="no finding 'bad'"):
@@ -568,6 +570,15 @@ def test_the_noise_edge_and_random_matrices_are_in_the_picture(tmp_path):
     plots.singular_values(report, path)
     figure = path.read_text()
     assert "noise edge of rounding" in figure and "random, same shapes" in figure
+
+
+def test_many_types_are_drawn_below_each_other(tmp_path):
+    """So that the numbers in the cells can be read in a page."""
+    state = {f"layers.{i}.type_{j}.weight": torch.randn(6, 5) for i in range(3) for j in range(14)}
+    report = sa.spectra.analyze(state)
+    data = plots.heatmap({"": report}, tmp_path / "h.png").read_bytes()
+    width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
+    assert width < 14 * 120 and height > width / 2
 
 
 def test_training_curves(tmp_path):

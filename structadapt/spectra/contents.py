@@ -12,6 +12,7 @@ from structadapt.checkpoint import AdapterFileError, SavedLayer, saved_layout
 from structadapt.interop.peft_config import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from structadapt.layers import find_adapted
 from structadapt.spectra import live_model, peft_folder, pickle_file
+from structadapt.spectra.adapter_updates import Update
 from structadapt.spectra.matrix import DTYPES, Skipped, SourceError, SourceNotFoundError, Stored
 from structadapt.spectra.matrix import of_tensor as stored_tensor
 from structadapt.spectra.names import unfit_name
@@ -24,7 +25,6 @@ from structadapt.spectra.safetensors_file import (
     read_index,
     regular_file,
 )
-from structadapt.spectra.updates import Update
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 

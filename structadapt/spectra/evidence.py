@@ -89,13 +89,17 @@ RULES: dict[str, tuple[str, Rule, tuple[str, ...]]] = {  # meaning, rule, kinds 
 }
 
 
-def findings(report: Report, thresholds: Limits | None = None) -> list[Finding]:
+def findings(report: Report, limits: Limits | None = None) -> list[Finding]:
     """All findings of a report, the worst first, one a matrix and kind.
 
-    A matrix that is `collapsed` is not named again as concentrated and oversized.
+    A matrix that is `collapsed` is not named again as concentrated and oversized, nor the direction
+    of an update of which there is the whole.
     """
-    t, found = thresholds or Limits(), []
+    t, found = limits or Limits(), []
+    whole = {row["name"] for row in report.rows if row["kind"] == "effective"}
     for row in report.rows:
+        if row["kind"] == "direction" and row["name"] in whole:
+            continue
         kinds: set[str] = set()
         for kind, (_, rule, where) in RULES.items():
             implied = "collapsed" in kinds and kind in ("oversized", "concentrated")

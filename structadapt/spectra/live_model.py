@@ -11,9 +11,9 @@ from structadapt.adapted import Adapted
 from structadapt.adapters import DoRA, LoRA
 from structadapt.layers import find_adapted, kind_of, matrix_of, matrix_shape, unwrapped
 from structadapt.quantised import is_quantised
+from structadapt.spectra.adapter_updates import Update
 from structadapt.spectra.matrix import Skipped, Stored, kernel, of_tensor
 from structadapt.spectra.names import module_path
-from structadapt.spectra.updates import Update
 
 SOURCE = "model"
 

@@ -20,6 +20,7 @@ from structadapt.interop.peft_config import (
     PeftConfig,
     parse_config,
 )
+from structadapt.spectra.adapter_updates import Update
 from structadapt.spectra.matrix import (
     DTYPES,
     Skipped,
@@ -30,7 +31,6 @@ from structadapt.spectra.matrix import (
 )
 from structadapt.spectra.names import module_path
 from structadapt.spectra.safetensors_file import few
-from structadapt.spectra.updates import Update
 
 PART = re.compile(
     r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"

@@ -37,6 +37,7 @@ from structadapt.spectra.report import Report, Row
 
 Where = str | os.PathLike[str]
 FEW = 12  # matrices that get a line of their own
+WIDEST = 14  # inches of a picture
 OF_UPDATES = ("participation_ratio_ratio", "topk_energy", "relative_norm")
 OF_WEIGHTS = ("effective_rank_ratio", "stable_rank_ratio", "alpha_median_ratio")
 
@@ -119,8 +120,11 @@ def heatmap(
     types, layers = list(by_type(every)), layers_of(every)
     wide = max(2.6, 0.62 * len(types)) + 1.3
     tall = max(1.6, 0.24 * len(layers)) + 0.9 + 0.075 * max(map(len, types))
-    figure = new_figure(wide * len(wanted), tall * len(rows))
-    panels = figure.subplots(len(rows), len(wanted), squeeze=False)
+    below = len(rows) == 1 and wide * len(wanted) > WIDEST  # one picture below the other
+    down, across = (len(wanted), 1) if below else (len(rows), len(wanted))
+    figure = new_figure(wide * across, tall * down)
+    panels = figure.subplots(down, across, squeeze=False)
+    panels = panels.T if below else panels
     for j, measure in enumerate(wanted):
         grids = [grid(layers, types, group, measure) for group in rows.values()]
         low, high = np.nanmin(np.stack(grids)), np.nanmax(np.stack(grids))

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from structadapt.spectra.adapter_updates import Update, fitted, matrices_of
 from structadapt.spectra.contents import Content, Source, read_source, weights_of
 from structadapt.spectra.differences import difference
 from structadapt.spectra.matrix import (
@@ -38,7 +39,6 @@ from structadapt.spectra.names import (
     shared_prefix,
 )
 from structadapt.spectra.safetensors_file import few
-from structadapt.spectra.updates import Update, fitted, matrices_of
 
 __all__ = [
     "Matrix",
