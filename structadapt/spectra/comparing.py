@@ -54,7 +54,8 @@ class Comparison:
         """The medians as a Markdown table."""
         rows = self.rows()
         columns = [m for m in MEASURES if any(m in row for row in rows)]
-        lines = ["| " + " | ".join(["name", "kind", "matrices", *map(head, columns)]) + " |"]
+        heads = (head(m).replace("|", "\\|") for m in columns)
+        lines = ["| " + " | ".join(["name", "kind", "matrices", *heads]) + " |"]
         lines.append("|---|---|" + "--:|" * (len(columns) + 1))
         for row in rows:
             medians = [shown(row[m]["median"]) if m in row else "" for m in columns]
