@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 EPS = torch.finfo(torch.float64).eps
+LEAF = 256  # rows of a Gram matrix that are multiplied whole
 CHUNK = 2**22  # values that are float64 at a time: 32 MiB
 METHODS = ("auto", "gram", "svd")
 
@@ -244,13 +245,24 @@ def _gram(
 ) -> tuple[Tensor, int]:
     """(G, unit): the lower triangle of the Gram matrix (n, n) of the matrix over 2^unit."""
     G = torch.zeros(n, n, dtype=torch.float64, device=device)
-    unit, block = 0, max(256, -(-n // 8))
+    unit = 0
     for Y, factor, unit in _scaled(columns):  # noqa: B007, it is what is returned
         if factor != 1:
             G.mul_(factor * factor)
-        for i in range(0, n, block):  # no more of the upper triangle than the diagonal blocks
-            G[i:, i : i + block].addmm_(Y[i:], Y[i : i + block].T)
+        _add_lower(G, Y)
     return G, unit
+
+
+def _add_lower(G: Tensor, Y: Tensor) -> None:
+    """G += Y Y^T in the lower triangle, by halves: little more than half the work of the whole."""
+    n = len(G)
+    if n <= LEAF:
+        G.addmm_(Y, Y.T)
+        return
+    half = n // 2
+    _add_lower(G[:half, :half], Y[:half])
+    G[half:, :half].addmm_(Y[half:], Y[:half].T)
+    _add_lower(G[half:, half:], Y[half:])
 
 
 def _triangle(
