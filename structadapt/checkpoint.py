@@ -11,9 +11,9 @@ entry, "structadapt", a JSON object:
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -193,6 +193,21 @@ def read_adapters(path: str | os.PathLike[str]) -> dict[str, SavedLayer]:
         tensors = safetensors.torch.load(data)
         header_size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__", {})
+    layers = saved_layout(path, metadata, tensors)
+    whole = {
+        name: replace(layer, tensors=_take(path, tensors, name, layer.tensors))
+        for name, layer in layers.items()
+    }
+    if tensors:
+        raise AdapterFileError(f"{path} has tensors of no layer: {', '.join(sorted(tensors)[:3])}")
+    return whole
+
+
+def saved_layout(
+    path: str | os.PathLike[str], metadata: Mapping[str, str], names: Container[str]
+) -> dict[str, SavedLayer]:
+    """The layers of an adapter file from its metadata and the names of its tensors alone: their
+    tensors are on the meta device. Raises AdapterFileError."""
     if "structadapt" not in metadata:
         raise AdapterFileError(
             f"{path} is no structadapt adapter file (one of PEFT is loaded by its folder)"
@@ -207,7 +222,7 @@ def read_adapters(path: str | os.PathLike[str]) -> dict[str, SavedLayer]:
         described = {n: _describe(entry) for n, entry in header["layers"].items()}
         expected = {n: a.init(torch.empty(s, device="meta")) for n, (a, s) in described.items()}
         for name, (_, shape) in described.items():
-            if f"{name}.delta_bias" in tensors:
+            if f"{name}.delta_bias" in names:
                 expected[name]["delta_bias"] = torch.empty(shape[0], device="meta")
         bases = {n: entry.get("base") for n, entry in header["layers"].items()}
     except AdapterFileError:
@@ -218,13 +233,7 @@ def read_adapters(path: str | os.PathLike[str]) -> dict[str, SavedLayer]:
         raise AdapterFileError(f"{path}: its description is damaged: {error!r}") from None
     if not described:
         raise AdapterFileError(f"{path} holds no layer")
-    layers = {
-        name: SavedLayer(adapter, shape, _take(path, tensors, name, expected[name]), bases[name])
-        for name, (adapter, shape) in described.items()
-    }
-    if tensors:
-        raise AdapterFileError(f"{path} has tensors of no layer: {', '.join(sorted(tensors)[:3])}")
-    return layers
+    return {n: SavedLayer(a, s, expected[n], bases[n]) for n, (a, s) in described.items()}
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """The command line: structadapt grpo | preflight | spectra."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -10,7 +9,7 @@ from typing import NoReturn
 from structadapt.examples import grpo as grpo_example
 from structadapt.examples import preflight as preflight_example
 from structadapt.examples.options import add_arguments
-from structadapt.spectra import analyze
+from structadapt.spectra import command as spectra_command
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,8 +20,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code: 0, 2 for bad input, 130 after Ctrl-C; others of
-    `grpo` and `preflight` stand in their help."""
+    """Run one subcommand and return its exit code: 0, 2 for bad input, 130 after Ctrl-C; others
+    stand in the help of each."""
     parser = Parser(prog="structadapt", description="Choose the structure of a weight update.")
     parser.add_argument("--version", action="version", version=version("structadapt"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -48,13 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser(
         "spectra",
-        help="what the update in an adapter file looks like",
-        description="Singular-value measures of each layer's update, as a Markdown table.",
+        help="what a checkpoint, an adapter, or what changed between two of them looks like",
+        description=spectra_command.__doc__,
+        formatter_class=raw,
     )
-    command.add_argument("path", help="an adapter file, or weights to compare with --base")
-    command.add_argument("--base", help="the base weights, a safetensors file")
-    command.add_argument("--json", action="store_true", help='print {"rows": [...]} instead')
-    command.set_defaults(run=_spectra)
+    spectra_command.add_arguments(command)
+    command.set_defaults(run=spectra_command.main)
 
     options = parser.parse_args(arguments)
     try:
@@ -62,16 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def _spectra(options: argparse.Namespace) -> int:
-    try:
-        report = analyze(options.path, options.base)
-    except (ValueError, OSError) as error:
-        print(f"structadapt spectra: error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({"rows": report.rows}) if options.json else report.to_markdown())
-    return 0
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ MAY_IMPORT = {
         "surgery",
         "targets",
     },
-    "spectra": {"adapted", "adapters", "checkpoint", "files", "layers"},
+    "spectra": {"adapted", "adapters", "checkpoint", "files", "interop", "layers", "quantised"},
     "grpo": {"files", "ops"},
     "integrations": {"adapted", "adapters", "checkpoint", "files", "layers", "merging", "surgery"},
     "examples": {"structadapt", "adapters", "checkpoint", "files", "layers"},

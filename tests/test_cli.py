@@ -111,13 +111,13 @@ def test_adapter_files_that_do_not_fit(tmp_path, capsys):
     for command in (["grpo", *FAST, "--load"], ["spectra"]):
         assert call(*command, path) == 2
         err = capsys.readouterr().err
-        assert "is truncated or no safetensors file" in err and err.count("\n") == 1
+        assert "a.safetensors is truncated" in err and err.count("\n") == 1
     assert call("spectra", tmp_path / "missing") == 2
     sa.save(sa.adapt(nn.Sequential(nn.Linear(8, 8)), sa.LoRA(rank=2)), tmp_path / "whole")
     capsys.readouterr()
     assert call("spectra", tmp_path / "whole", "--base", path) == 2
     err = capsys.readouterr().err
-    assert "is truncated or no safetensors file" in err and err.count("\n") == 1
+    assert "a.safetensors is truncated" in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -160,13 +160,13 @@ def test_a_run_leaves_what_it_promises(kind, tmp_path, capsys):
     assert summary["parameters"] == sa.summary(base).parameters
     rows = sa.spectra.analyze(base).rows
     for row, saved in zip(rows, summary["spectra"], strict=True):
-        assert saved == json.loads(json.dumps(row))
+        assert {**saved, "seconds": 0} == json.loads(json.dumps({**row, "seconds": 0}))
 
     again = tmp_path / "again"
     options = ["--load", out / "adapter.safetensors", "--out", again, "--quiet"]
     assert call("grpo", *FAST, *options) == 0
     assert call("spectra", again / "adapter.safetensors", "--base", out / "base.safetensors") == 0
-    assert "| blocks.0.q | 128x128 |" in capsys.readouterr().out
+    assert "coverage: 12 of 12 matrices" in capsys.readouterr().out
     assert call("spectra", again / "adapter.safetensors", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 12
 
@@ -444,3 +444,124 @@ def test_rank_256_collapses_at_alpha_2r_and_not_at_alpha_16(tmp_path, capsys):
     summary = json.loads((tmp_path / "16" / "summary.json").read_text())
     assert summary["collapsed_at"] is None
     assert summary["after"]["sampled"] > summary["before"]["sampled"] + 0.1
+
+
+# -- spectra ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """A base, the same with an update of one direction in a layer, and one with a NaN."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"model.layers.0.up.weight": (24, 16), "model.layers.1.up.weight": (24, 16)}
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    base["model.norm.weight"] = torch.ones(16)
+    tuned = {name: W + 0.01 * torch.randn(W.shape, generator=generator) for name, W in base.items()}
+    tuned["model.layers.0.up.weight"] += 3 * torch.ones(24, 16)
+    broken = {**tuned, "model.layers.1.up.weight": torch.full((24, 16), math.nan)}
+    for name, tensors in {"base": base, "tuned": tuned, "broken": broken}.items():
+        safetensors.torch.save_file(tensors, tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+def refuse(constant):
+    raise AssertionError(constant)
+
+
+def test_spectra_writes_what_it_is_asked_for(checkpoints, capsys):
+    at = checkpoints
+    out = ["--csv", at / "r.csv", "--markdown", at / "r.md", "--html", at / "r.html"]
+    code = call("spectra", at / "tuned.safetensors", "--base", at / "base.safetensors", *out,
+                "--plots", at / "plots")  # fmt: skip
+    printed = capsys.readouterr()
+    assert code == 0 and not printed.err
+    assert "coverage: 2 of 2 matrices" in printed.out and "\x1b" not in printed.out
+    assert "left out: model.norm (16): 1-D, no matrix" in printed.out
+    assert "collapsed" in printed.out and "model.layers.0.up" in printed.out
+    assert (at / "r.csv").read_text().count("\n") == 3
+    assert "| model.layers.0.up |" in (at / "r.md").read_text()
+    assert "data:image/png" in (at / "r.html").read_text()
+    assert {p.name for p in (at / "plots").iterdir()} == {
+        "singular_values.png", "energy.png", "heatmap.png",
+    }  # fmt: skip
+
+
+def test_spectra_json_is_strict_and_whole(checkpoints, capsys):
+    path = checkpoints / "broken.safetensors"
+    assert call("spectra", path, "--base", checkpoints / "base.safetensors", "--json") == 3
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    good, bad = found["rows"]
+    assert good["status"] == "ok" and good["nss_drift"] > 0
+    assert bad["status"] == "skipped" and "not finite" in bad["reason"]
+    assert {f["kind"] for f in found["findings"]} == {"collapsed", "nonfinite", "intruders"}
+    assert [s["name"] for s in found["skipped"]] == ["model.norm"]
+    sizes = {file["path"]: file["bytes"] for file in found["files"]}
+    assert sizes[str(path)] == path.stat().st_size and len(sizes) == 2
+
+
+@pytest.mark.parametrize(
+    "options, code",
+    [
+        ([], 0),
+        (["--fail-on", "collapsed"], 4),
+        (["--fail-on", "concentrated"], 4),
+        (["--fail-on", "any"], 4),
+        (["--fail-on", "rounding"], 0),
+        (["--fail-on", "collapsed", "--oversized", "99"], 0),
+        (["--fail-on", "any", "--exclude", "layers.0"], 0),
+        (["--include", "layers.1", "--no-relations", "--method", "svd", "--workers", "2"], 0),
+    ],
+)
+def test_spectra_exit_codes(options, code, checkpoints, capsys):
+    paths = [checkpoints / "tuned.safetensors", "--base", checkpoints / "base.safetensors"]
+    assert call("spectra", *paths, *options) == code
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["tuned.safetensors", "--base", "nowhere"], "nowhere is not there"),
+        (["tuned.safetensors", "--include", "nothing"], "leave no matrix"),
+        (["tuned.safetensors", "--include", "("], "is no regular expression"),
+        (["tuned.safetensors", "--csv", "no/r.csv"], "--csv: there is no folder no"),
+        (["tuned.safetensors", "--html", "."], "is a folder, give the name of a file"),
+        (["tuned.safetensors", "--plots", "base.safetensors"], "is a file, give a folder"),
+        (["tuned.safetensors", "--fail-on", "bad"], "invalid choice: 'bad'"),
+        (["tuned.safetensors", "--concentrated", "2"], "--concentrated must be above 0"),
+        (["tuned.safetensors", "--oversized", "nan"], "--oversized must be above 0"),
+        (["tuned.safetensors", "--intruders", "0"], "--intruders must be at least 1"),
+        (["tuned.safetensors", "--workers", "0"], "workers must be at least 1"),
+        (["tuned.safetensors", "--device", "abacus"], "device 'abacus' cannot be used"),
+        (["broken.safetensors", "--strict"], "not finite"),
+        (["."], "give one of them"),
+    ],
+)
+def test_a_mistake_with_spectra_is_one_line(arguments, words, checkpoints, monkeypatch, capsys):
+    monkeypatch.chdir(checkpoints)
+    assert call("spectra", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert words in err and err.count("\n") == 1 and not out, err
+    assert len(list(checkpoints.iterdir())) == 3, "nothing is left behind"
+
+
+def test_spectra_maturity(checkpoints, capsys):
+    assert call("spectra", checkpoints / "base.safetensors", "--maturity", "--json") == 0
+    (entry,) = json.loads(capsys.readouterr().out, parse_constant=refuse)["maturity"]
+    assert (entry["module_type"], entry["count"]) == ("up", 2)
+    assert entry["effective_rank_ratio"]["median"] == pytest.approx(1, abs=0.1)
+    assert call("spectra", checkpoints / "base.safetensors", "--maturity") == 0
+    assert "frozen weights beside Gaussian ones" in capsys.readouterr().out
+    paths = [checkpoints / "tuned.safetensors", "--base", checkpoints / "base.safetensors"]
+    assert call("spectra", *paths, "--maturity") == 2
+    assert "this source has none" in capsys.readouterr().err
+
+
+def test_spectra_in_colour_on_a_terminal_unless_told_otherwise(checkpoints, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for value, expected in ((None, True), ("1", False)):
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        if value:
+            monkeypatch.setenv("NO_COLOR", value)
+        assert call("spectra", checkpoints / "base.safetensors") == 0
+        assert ("\x1b[1m" in capsys.readouterr().out) == expected

@@ -25,7 +25,7 @@ def benchmark():
 
 
 def test_every_block_is_of_a_kind_that_is_run():
-    assert {kind for kind, _ in BLOCKS} == {"python", "sh"}
+    assert {kind for kind, _ in BLOCKS} == {"python", "sh", "text"}
 
 
 def test_python_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsys):
@@ -56,7 +56,7 @@ def test_the_test_run_installs_and_tests_as_the_readme_says():
 @pytest.mark.slow
 def test_commands_run(tmp_path):
     commands = [c.split(" && ")[-1] for c in COMMANDS if "structadapt" in c.split(" && ")[-1]]
-    assert commands[0] == "structadapt grpo" and len(commands) == 4
+    assert commands[0] == "structadapt grpo" and len(commands) == 5
     scripts = Path(sys.executable).parent
     for command in commands:
         subprocess.run(

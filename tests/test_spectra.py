@@ -1,18 +1,13 @@
-"""Measures against closed forms, reports against what they report on."""
+"""Measures against closed forms."""
 
-import copy
-import csv
-import json
 import math
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nst
-from torch import nn
 
 import structadapt as sa
 from structadapt.spectra import powerlaw
@@ -97,113 +92,3 @@ def test_power_law_of_a_pareto_sample():
     assert powerlaw.fit(np.ones(9)) is None and powerlaw.fit(np.ones(50)) is None
     values = (1 - uniform[:500]) ** -1.0
     assert powerlaw.fit(values * 1e-12).alpha == pytest.approx(powerlaw.fit(values).alpha)
-
-
-# -- reports ---------------------------------------------------------------------------------------
-
-
-def test_a_report_on_a_model(net, adapter, train_a_little):
-    train_a_little(sa.adapt(net, adapter))
-    report = sa.spectra.analyze(net)
-    assert [row["name"] for row in report.rows] == [n for n, _ in sa.delta_weights(net)]
-    for row, (name, delta) in zip(report.rows, sa.delta_weights(net), strict=True):
-        s = torch.linalg.svdvals(delta.double())
-        for measure in (*MEASURES, sa.spectra.topk_energy):
-            assert row[measure.__name__] == pytest.approx(measure(s), rel=1e-5)
-        W = net.get_submodule(name).weight
-        assert row["frobenius_norm"] == pytest.approx(delta.norm().item(), rel=1e-5)
-        assert row["relative_norm"] == pytest.approx((delta.norm() / W.norm()).item(), rel=1e-5)
-        assert row["shape"] == tuple(delta.shape) and (row["status"], row["reason"]) == ("ok", "")
-    with sa.merged(net):
-        assert sa.spectra.analyze(net).rows == report.rows
-    fit = powerlaw.fit(sa.spectra.singular_values(delta).square().numpy())
-    assert row["alpha"] == (fit and pytest.approx(fit.alpha))
-    assert bool(fit) == (report.rows[-1]["effective_rank"] > 10)
-    base = copy.deepcopy(net)
-    with torch.no_grad():
-        for parameter in sa.adapter_parameters(net):
-            parameter.add_(0.1)
-    differences = {r["name"]: r for r in sa.spectra.analyze(net, base=base).rows}
-    for row in sa.spectra.analyze(net).rows:
-        assert_same_row(row, differences[row["name"]], rel=1e-5)
-    assert differences["embed"]["frobenius_norm"] == 0.0
-
-
-def assert_same_row(left, right, rel):
-    assert left.keys() == right.keys()
-    for key, value in left.items():
-        close = isinstance(value, float)
-        assert right[key] == (pytest.approx(value, rel=rel) if close else value), key
-
-
-def test_a_report_on_a_file_is_the_one_on_its_model(net, adapter, tmp_path, train_a_little):
-    base = copy.deepcopy(net)
-    train_a_little(sa.adapt(net, adapter))
-    sa.save(net, tmp_path / "a.safetensors")
-    safetensors.torch.save_file(base.state_dict(), tmp_path / "base.safetensors")
-    of_model = sa.spectra.analyze(net).rows
-    for weights in (base, base.state_dict(), tmp_path / "base.safetensors", net):
-        of_file = sa.spectra.analyze(tmp_path / "a.safetensors", weights).rows
-        for left, right in zip(of_model, of_file, strict=True):
-            assert_same_row(left, right, rel=1e-6)
-    alone = sa.spectra.analyze(tmp_path / "a.safetensors").rows
-    for left, right in zip(of_model, alone, strict=True):
-        assert right["relative_norm"] is None
-        if isinstance(adapter, sa.DoRA):
-            assert right["status"] == "partial" and "pass base=" in right["reason"]
-            layer = net.get_submodule(right["name"])
-            s = torch.linalg.svdvals(layer.B.double() @ layer.A.double())
-            assert right["effective_rank"] == pytest.approx(sa.spectra.effective_rank(s))
-        else:
-            left, right = {**left, "relative_norm": 0}, {**right, "relative_norm": 0}
-            assert_same_row(left, right, rel=1e-4)
-
-
-def test_a_report_on_two_sets_of_weights(net, tmp_path):
-    base = copy.deepcopy(net.state_dict())
-    with torch.no_grad():
-        net.blocks[0]["up"].weight[0] += 1.0
-    report = sa.spectra.analyze(net, base)
-    rows = {row["name"]: row for row in report.rows}
-    assert rows["blocks.0.up"]["stable_rank"] == pytest.approx(1)
-    assert rows["blocks.1.up"]["stable_rank"] == 0.0 and "embed" in rows
-    with pytest.raises(ValueError, match="no adapted layer|nothing to compare"):
-        sa.spectra.analyze(net)
-    with pytest.raises(ValueError, match="the base has no matrix blocks.0.attn"):
-        sa.spectra.analyze(net, {"embed.weight": base["embed.weight"]})
-    with pytest.raises(ValueError, match=r"embed is \(11, 32\) in the source and \(2, 2\)"):
-        sa.spectra.analyze(net, {**base, "embed.weight": torch.ones(2, 2)})
-    with pytest.raises(ValueError, match="the source has no matrix"):
-        sa.spectra.analyze({"b": torch.ones(3)}, {})
-    root = nn.Linear(4, 4)
-    assert sa.spectra.analyze({"weight": torch.eye(4)}, root).rows[0]["name"] == ""
-    (tmp_path / "cut.safetensors").write_bytes(b"\x08")
-    with pytest.raises(ValueError, match="cut.safetensors is truncated"):
-        sa.spectra.analyze(tmp_path / "cut.safetensors")
-    with pytest.raises(FileNotFoundError):
-        sa.spectra.analyze(tmp_path / "missing.safetensors")
-
-
-def test_a_matrix_that_is_not_finite_is_a_row_with_a_reason(net):
-    sa.adapt(net, sa.LoRA(rank=2), "attn")
-    with torch.no_grad():
-        net.blocks[0]["attn"].B[0, 0] = torch.nan
-    first, second = sa.spectra.analyze(net).rows
-    assert (first["status"], first["reason"]) == ("skipped", "the update is not finite")
-    assert second["status"] == "ok" and second["effective_rank"] == 0.0
-
-
-def test_formats(net, tmp_path, train_a_little):
-    train_a_little(sa.adapt(net, sa.LoRA(rank=2)))
-    report = sa.spectra.analyze(net)
-    report.to_json(tmp_path / "r.json")
-    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert rows == [{**row, "shape": list(row["shape"])} for row in report.rows]
-    report.to_csv(tmp_path / "r.csv")
-    with open(tmp_path / "r.csv") as file:
-        read = list(csv.DictReader(file))
-    assert [r["name"] for r in read] == [r["name"] for r in report.rows]
-    assert read[0]["shape"] == "32x32"
-    assert float(read[0]["stable_rank"]) == report.rows[0]["stable_rank"]
-    lines = report.to_markdown().splitlines()
-    assert len(lines) == 2 + len(report.rows) and len({line.count("|") for line in lines}) == 1

@@ -145,6 +145,7 @@ def collapsed_at(steps: list[dict[str, Any]]) -> int | None:
 
 def spectra(rows: list[dict[str, Any]]) -> list[str]:
     """A table of the update, one line a matrix and their medians."""
+    rows = [row for row in rows if row["kind"] != "direction"]  # the whole update stands beside it
     columns = (
         ("relative_norm", "|dW|/|W|"),
         ("effective_rank", "eff. rank"),

@@ -144,6 +144,17 @@ def read_config(folder: Path) -> PeftConfig:
     Raises FileNotFoundError, and AdapterFileError for a file that is damaged or asks for something
     that is not a plain LoRA, rsLoRA or DoRA of the published base model.
     """
+    config = parse_config(folder)
+    for key, reason in REFUSED.items():
+        if config[key]:
+            raise AdapterFileError(f"{config.path}: {key} is set: {reason}; {ADVICE}")
+    _refuse_changed_base(config)
+    _refuse_unknown_methods(config)
+    return config
+
+
+def parse_config(folder: Path) -> PeftConfig:
+    """adapter_config.json of some LoRA, whatever else it asks for. Errors as for `read_config`."""
     path = folder / CONFIG_FILE
     try:
         values = json.loads(path.read_bytes(), object_pairs_hook=without_doubles)
@@ -157,12 +168,7 @@ def read_config(folder: Path) -> PeftConfig:
             f"{path}: peft_type {config['peft_type']!r}, this library reads 'LORA' (LoRA, rsLoRA, "
             f"DoRA): {ADVICE}"
         )
-    for key, reason in REFUSED.items():
-        if config[key]:
-            raise AdapterFileError(f"{path}: {key} is set: {reason}; {ADVICE}")
     _refuse_types(config)
-    _refuse_changed_base(config)
-    _refuse_unknown_methods(config)
     return config
 
 

@@ -1,55 +1,77 @@
-"""Spectra of the updates of a model or an adapter file, one row a matrix."""
+"""Spectra of many matrices: one record a matrix, what was left out and why, and the files read."""
 
 import csv
+import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+import safetensors.numpy
 
-from structadapt.checkpoint import SavedLayer, is_adapter_file, read_adapters, read_tensors
-from structadapt.layers import adapted_layers, find_adapted
-from structadapt.spectra import measures, powerlaw
+from structadapt.files import whole_folder, write_atomically
+from structadapt.spectra.columns import COLUMNS, CONVENTIONS, SCHEMA
 
-Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
-
-COLUMNS: tuple[str, ...] = (
-    "name",
-    "shape",  # (out, in)
-    "effective_rank",
-    "effective_rank_energy",
-    "participation_ratio",
-    "stable_rank",
-    "topk_energy",  # k = 1
-    "frobenius_norm",
-    "relative_norm",  # ||dW||_F / ||W||_F; None without the base weight
-    "alpha",  # power-law exponent of the eigenvalues of dW^T dW; None if fewer than ten
-    "status",  # "ok", "partial" or "skipped"
-    "reason",  # why it is not "ok"
-)
+Row = dict[str, Any]
+Where = str | os.PathLike[str]
+SAVED = ("report.json", "spectra.safetensors")
 
 
 @dataclass(frozen=True)
 class Report:
-    """One record per matrix; keys are `COLUMNS`, values None where there is nothing to say."""
+    """What `analyze` found. `docs/spectra.md` says what every field of a row means.
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: one record a matrix, keys are `COLUMNS`; None where there is nothing to say.
+    skipped: {name, shape, dtype, source, reason} of every tensor that is no row.
+    notes: what a reader of the figures has to know.
+    spectra: singular values by name, largest first, float64. Where an adapter has two rows for a
+        module, `name (direction)` holds those of its direction.
+    about: source, base, files with their sizes, method, device, versions, seconds.
+    """
 
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write {"rows": [...]} as strict JSON."""
-        Path(path).write_text(json.dumps({"rows": self.rows}, allow_nan=False, indent=1) + "\n")
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    spectra: dict[str, np.ndarray] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write one line a matrix under a line of column names."""
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows({**r, "shape": "x".join(map(str, r["shape"]))} for r in self.rows)
+    def spectrum(self, name: str, kind: str | None = None) -> np.ndarray:
+        """The singular values of one matrix. KeyError, with near names, if there are none."""
+        key = f"{name} ({kind})"
+        if key in self.spectra or name in self.spectra:
+            return self.spectra[key] if key in self.spectra else self.spectra[name]
+        near = [known for known in self.spectra if name in known][:3]
+        raise KeyError(f"no spectrum of {name!r}" + (f" (near: {', '.join(near)})" if near else ""))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but `spectra` as plain values that strict JSON can hold."""
+        whole = {
+            "schema": SCHEMA,
+            "rows": self.rows,
+            "skipped": self.skipped,
+            "notes": self.notes,
+            "conventions": CONVENTIONS,
+            **self.about,
+        }
+        return _plain(whole)
+
+    def to_json(self, path: Where) -> None:
+        """Write `to_dict()` as strict JSON: {"rows": [...], "skipped": [...], ...}."""
+        text = json.dumps(self.to_dict(), allow_nan=False, indent=1, ensure_ascii=False)
+        write_atomically(Path(path), f"{text}\n".encode("utf-8", "backslashreplace"))
+
+    def to_csv(self, path: Where) -> None:
+        """Write one line a matrix under a line of column names; an empty cell is None."""
+        file = io.StringIO(newline="")
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({**r, "shape": "x".join(map(str, r["shape"]))} for r in self.rows)
+        write_atomically(Path(path), file.getvalue().encode("utf-8", "backslashreplace"))
 
     def to_pandas(self) -> Any:
         """A pandas DataFrame. Raises ImportError if pandas is not installed."""
@@ -59,137 +81,97 @@ class Report:
             raise ImportError("to_pandas needs pandas: pip install pandas") from None
         return pandas.DataFrame(self.rows, columns=list(COLUMNS))
 
-    def to_markdown(self) -> str:
-        """The rows as a Markdown table."""
-        lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    def to_markdown(self, columns: Iterable[str] | None = None) -> str:
+        """The rows as a Markdown table, without columns in which nothing stands."""
+        if columns is None:
+            columns = [c for c in COLUMNS if any(row[c] is not None for row in self.rows)]
+        columns = list(columns) or list(COLUMNS)
+        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         for row in self.rows:
-            lines.append("| " + " | ".join(_cell(row[column]) for column in COLUMNS) + " |")
+            cells = (shown(row[column]).replace("|", "\\|") for column in columns)
+            lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
+    def summary(self, by: str = "module_type") -> list[dict[str, Any]]:
+        """For every value of a column: {by, kind, count, and for each measure its median, q25,
+        q75, low and high}, over the rows that have one. KeyError for what is no column."""
+        if by not in COLUMNS:
+            raise KeyError(f"{by!r} is no column: {', '.join(COLUMNS)}")
+        groups: dict[tuple[Any, str], list[Row]] = defaultdict(list)
+        for row in self.rows:
+            groups[row[by], row["kind"]].append(row)
+        return [
+            {by: key, "kind": kind, "count": len(rows), **spread(rows)}
+            for (key, kind), rows in groups.items()
+        ]
 
-def analyze(source: Source, base: Source | None = None) -> Report:
-    """Spectral measures of weight updates, one row a matrix.
+    def save(self, folder: Where) -> None:
+        """Write report.json and the singular values into a folder of their own."""
+        with whole_folder(folder, SAVED.__contains__) as new:
+            self.to_json(new / SAVED[0])
+            names = dict(enumerate(self.spectra))
+            tensors = {str(i): self.spectra[name] for i, name in names.items()}
+            header = {"names": json.dumps(list(self.spectra))}
+            safetensors.numpy.save_file(tensors, new / SAVED[1], metadata=header)
 
-    source: an adapted model, or an adapter file written by `structadapt.save`: the update of each
-        adapted layer. With `base`: also a model, a state dict or a safetensors file of weights,
-        and the rows are the differences of every matrix of the source; an adapted model counts
-        as its adapted weights.
-    base: the base weights as a model, adapted or not, a state dict or a safetensors file. An
-        adapter file needs them for `relative_norm`, and for the whole update of an adapter that
-        depends on them (DoRA); without them such a row is "partial".
-
-    Raises FileNotFoundError; ValueError for a model that is not adapted when there is no base, a
-    file that is damaged, a base that lacks a matrix, or one of another shape.
-    """
-    return Report([_row(*update) for update in _updates(source, base)])
-
-
-def _updates(
-    source: Source, base: Source | None
-) -> Iterator[tuple[str, Tensor, Tensor | None, str]]:
-    """(name, W' - W, W or None, reason if only part of it) of every matrix."""
-    if isinstance(source, nn.Module) and base is None:
-        for name, layer in adapted_layers(source).items():
-            yield name, layer.delta_weight(), layer.matrix(), ""
-    elif isinstance(source, str | os.PathLike) and is_adapter_file(source):
-        weights = None if base is None else _weights(base)
-        for name, layer in read_adapters(source).items():
-            yield name, *_saved_update(name, layer, weights)
-    elif base is None:
-        raise ValueError(
-            "nothing to compare: pass an adapted model, an adapter file, or base= with the "
-            "weights that this source started from"
-        )
-    else:
-        tuned, weights = _weights(source, adapted=True), _weights(base)
-        if not tuned:
-            raise ValueError("the source has no matrix")
-        for name in tuned:
-            W = _base_weight(weights, name, tuple(tuned[name].shape))
-            yield name, (tuned[name].double() - W.double()).float(), W, ""
-
-
-def _saved_update(
-    name: str, layer: SavedLayer, weights: Mapping[str, Tensor] | None
-) -> tuple[Tensor, Tensor | None, str]:
-    p = {key: tensor.double() for key, tensor in layer.tensors.items()}
-    if weights is not None:
-        W = _base_weight(weights, name, layer.shape)
-        return (layer.adapter.weight(W.double(), p) - W.double()).float(), W, ""
-    direction = layer.adapter.direction(layer.shape, p).float()
-    if layer.adapter.additive:
-        return direction, None, ""
-    kind = type(layer.adapter).__name__
-    return direction, None, f"direction only: the update of {kind} depends on W, pass base="
+    @classmethod
+    def load(cls, folder: Where) -> "Report":
+        """What `save` wrote. ValueError for another schema, or for damaged files."""
+        path, tensors = (Path(folder) / name for name in SAVED)
+        try:
+            whole = json.loads(path.read_text(encoding="utf-8"))
+            if whole.pop("schema", None) != SCHEMA:
+                raise ValueError(f"another schema than {SCHEMA}: analyse again")
+            rows = [{**row, "shape": tuple(row["shape"])} for row in whole.pop("rows")]
+            with safetensors.safe_open(tensors, "np") as file:
+                names = json.loads(file.metadata()["names"])
+                spectra = {name: file.get_tensor(str(i)) for i, name in enumerate(names)}
+            skipped = [{**s, "shape": tuple(s["shape"])} for s in whole.pop("skipped")]
+            notes = whole.pop("notes")
+        except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{folder} holds no report that can be read: {error}") from None
+        whole.pop("conventions", None)
+        return cls(rows, skipped, notes, spectra, whole)
 
 
-def _base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    if name not in weights:
-        raise ValueError(f"the base has no matrix {name}")
-    if tuple(weights[name].shape) != shape:
-        found = tuple(weights[name].shape)
-        raise ValueError(f"{name} is {shape} in the source and {found} in the base")
-    return weights[name].detach()
+def is_matrix(entry: dict[str, Any]) -> bool:
+    """Whether what was skipped might be a weight: no vector, no index, no mask."""
+    return len(entry["shape"]) > 1 and entry["dtype"] not in ("int64", "bool")
 
 
-def _weights(source: Source, adapted: bool = False) -> dict[str, Tensor]:
-    """Matrices by layer name, without the suffix `.weight`.
-
-    Of an adapted model, the base's weights, or with `adapted` W' in float64.
-    """
-    others: set[str] = set()  # tensors that are an adapter's
-    if isinstance(source, nn.Module):
-        tensors: Mapping[str, Tensor] = source.state_dict()
-        layers = find_adapted(source)
-        ours = {
-            f"{n}.weight": m.frozen_weight.double() + m.as_stored(m.delta_weight())
-            if adapted
-            else m.frozen_weight
-            for n, m in layers.items()
-        }
-        tensors = {**tensors, **ours}
-        others = {f"{n}.{key}" for n, m in layers.items() for key in m.tensor_names}
-    elif isinstance(source, Mapping):
-        tensors = source
-    else:
-        tensors = read_tensors(source)
-    return {
-        "" if name == "weight" else name.removesuffix(".weight"): tensor.detach().cpu()
-        for name, tensor in tensors.items()
-        if tensor.dim() == 2 and tensor.is_floating_point() and name not in others
-    }
+def usable(row: Row) -> bool:
+    """Whether a row has values."""
+    return row["status"] != "skipped"
 
 
-def _row(name: str, delta: Tensor, W: Tensor | None, partial: str) -> dict[str, Any]:
-    row: dict[str, Any] = dict.fromkeys(COLUMNS)
-    row.update(name=name, shape=tuple(delta.shape), status="ok", reason="")
-    if not torch.isfinite(delta).all():
-        return {**row, "status": "skipped", "reason": "the update is not finite"}
-    s = measures.singular_values(delta)
-    norm = torch.linalg.vector_norm(s).item()
-    base_norm = 0.0 if W is None else torch.linalg.vector_norm(W.double()).item()
-    power = powerlaw.fit(s.square().cpu().numpy())
-    for function in (
-        measures.effective_rank,
-        measures.effective_rank_energy,
-        measures.participation_ratio,
-        measures.stable_rank,
-        measures.topk_energy,
-    ):
-        row[function.__name__] = function(s)
-    row.update(
-        frobenius_norm=norm,
-        relative_norm=norm / base_norm if base_norm else None,
-        alpha=power.alpha if power else None,
-    )
-    return {**row, "status": "partial", "reason": partial} if partial else row
+def spread(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """{measure: {median, q25, q75, low, high}} of every numeric column."""
+    found = {}
+    for column in COLUMNS:
+        values = [row[column] for row in rows if isinstance(row[column], int | float)]
+        if values and column != "layer":
+            q = np.quantile(values, (0.5, 0.25, 0.75, 0, 1)).tolist()
+            found[column] = dict(zip(("median", "q25", "q75", "low", "high"), q, strict=True))
+    return found
 
 
-def _cell(value: Any) -> str:
+def shown(value: Any, digits: int = 4) -> str:
+    """A cell of a table, on one line."""
     if value is None:
         return ""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return "x".join(map(str, value))
-    if isinstance(value, float) and math.isfinite(value):
-        return f"{value:.4g}"
-    return str(value)
+    if isinstance(value, float):
+        return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+
+
+def _plain(value: Any) -> Any:
+    """With lists for tuples and None for a number that is not finite."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

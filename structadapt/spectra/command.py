@@ -1,0 +1,203 @@
+"""Spectra of any checkpoint, adapter or pair of checkpoints.
+
+What was read and what was left out comes first, then the modules that use the fewest directions
+beside a random matrix of the same shape, findings with their evidence, and a table of module types.
+
+exit codes: 0 done; 2 bad input; 3 some matrices could not be analysed; 4 a finding that --fail-on
+names (also where some could not be analysed). A DoRA without its base is a part, not a failure.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from structadapt.spectra import analysis, evidence, maturity, page, plots, tables
+from structadapt.spectra.drawing import new_figure
+from structadapt.spectra.progress import Meter
+from structadapt.spectra.report import Report
+from structadapt.spectra.rows import FAULTS
+
+MONITOR = "monitor.jsonl"  # of a training run
+BAD_INPUT, PARTIAL, FINDING = 2, 3, 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path",
+        help="a safetensors, .pt or .bin file, or a folder: a checkpoint, "
+        "shards, a PEFT adapter, a training run",
+    )
+    parser.add_argument("--base", help="the weights it started from, in any of these forms")
+    _output(parser)
+    _analysis(parser)
+    _findings(parser)
+
+
+def _output(parser: argparse.ArgumentParser) -> None:
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", action="store_true", help="print the report as JSON, not tables")
+    out.add_argument("--csv", metavar="FILE", help="write every measure, one line a matrix")
+    out.add_argument("--markdown", metavar="FILE", help="write the same as a Markdown table")
+    out.add_argument("--plots", metavar="DIR", help="draw pictures into this folder")
+    out.add_argument("--html", metavar="FILE", help="write all of it as one page")
+    out.add_argument(
+        "--maturity",
+        action="store_true",
+        help="also print how the frozen weights differ from random ones",
+    )
+
+
+def _analysis(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is analysed, and how")
+    what.add_argument("--include", metavar="RE", action="append", help="only modules with this")
+    what.add_argument("--exclude", metavar="RE", action="append", help="no modules with this")
+    what.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="leave out what the base lacks, instead of stopping",
+    )
+    what.add_argument(
+        "--strict", action="store_true", help="stop at the first matrix that cannot be analysed"
+    )
+    what.add_argument(
+        "--no-relations",
+        action="store_true",
+        help="leave out how updates lie to W: most of the time of a large base",
+    )
+    what.add_argument(
+        "--method",
+        choices=("auto", "gram", "svd"),
+        default="auto",
+        help="svd: exact for tiny singular values too, but slower",
+    )
+    what.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    what.add_argument("--workers", type=int, metavar="N", help="matrices at a time")
+
+
+def _findings(parser: argparse.ArgumentParser) -> None:
+    defaults = evidence.Limits()
+    fail = parser.add_argument_group("findings")
+    fail.add_argument(
+        "--fail-on",
+        metavar="FINDING",
+        action="append",
+        default=[],
+        choices=(*evidence.RULES, "any"),
+        help=f"exit code 4 for one of {', '.join(evidence.RULES)} or any",
+    )
+    fail.add_argument(
+        "--concentrated",
+        type=float,
+        metavar="X",
+        default=defaults.concentrated,
+        help="top-1 energy from which an update is concentrated (%(default)s)",
+    )
+    fail.add_argument(
+        "--oversized",
+        type=float,
+        metavar="X",
+        default=defaults.oversized,
+        help="s_1(dW) / s_1(W) from which it is oversized (%(default)s)",
+    )
+    fail.add_argument(
+        "--intruders",
+        type=int,
+        metavar="N",
+        default=defaults.intruders,
+        help="intruder dimensions from which they are a finding (%(default)s)",
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the command; its exit code."""
+    try:
+        _check_outputs(options)
+        report = _analysed(options)
+        t = evidence.Limits(options.concentrated, options.oversized, options.intruders)
+        found = evidence.findings(report, t)
+        statistics = maturity.frozen_weights(report) if options.maturity else None
+        _write(report, found, statistics, options)
+    except (*FAULTS, ImportError) as error:
+        words = " ".join(tables.shown(str(error)).split())
+        print(f"structadapt spectra: error: {words}", file=sys.stderr)
+        return BAD_INPUT
+    if evidence.failing(found, options.fail_on):
+        return FINDING
+    return PARTIAL if evidence.incomplete(report) else 0
+
+
+def _analysed(options: argparse.Namespace) -> Report:
+    meter = Meter()
+    try:
+        return analysis.analyze(
+            options.path,
+            options.base,
+            method=options.method,
+            include=options.include,
+            exclude=options.exclude,
+            device=options.device,
+            workers=options.workers,
+            allow_missing=options.allow_missing,
+            strict=options.strict,
+            relations=not options.no_relations,
+            progress=meter,
+        )
+    finally:
+        meter.close()
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """What would fail after the work is refused before it."""
+    for name in ("csv", "markdown", "html"):
+        path = getattr(options, name)
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise FileNotFoundError(f"--{name}: there is no folder {Path(path).parent}")
+        if path is not None and Path(path).is_dir():
+            raise IsADirectoryError(f"--{name}: {path} is a folder, give the name of a file")
+    if options.plots is not None:
+        new_figure(1, 1)
+        if Path(options.plots).exists() and not Path(options.plots).is_dir():
+            raise NotADirectoryError(f"--plots: {options.plots} is a file, give a folder")
+    if not 0 < options.concentrated <= 1:
+        raise ValueError(
+            f"--concentrated must be above 0 and at most 1, got {options.concentrated}"
+        )
+    if not options.oversized > 0:
+        raise ValueError(f"--oversized must be above 0, got {options.oversized}")
+    if options.intruders < 1:
+        raise ValueError(f"--intruders must be at least 1, got {options.intruders}")
+
+
+def _write(
+    report: Report,
+    found: list[evidence.Finding],
+    statistics: list[dict[str, Any]] | None,
+    options: argparse.Namespace,
+) -> None:
+    lines = [] if statistics is None else maturity.lines(statistics)
+    if options.csv is not None:
+        report.to_csv(options.csv)
+    if options.markdown is not None:
+        Path(options.markdown).write_text(report.to_markdown() + "\n", encoding="utf-8")
+    monitor = Path(options.path) / MONITOR
+    if options.plots is not None:
+        plots.draw(report, options.plots)
+        if monitor.exists():
+            plots.training(monitor, Path(options.plots) / "training.png")
+    if options.html is not None:
+        page.write(report, options.html, found, lines, monitor if monitor.exists() else None)
+    if options.json:
+        whole = {**report.to_dict(), "findings": [f.as_dict() for f in found]}
+        if statistics is not None:
+            whole["maturity"] = statistics
+        print(json.dumps(whole, allow_nan=False))
+        return
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    text = "\n".join([tables.screen(report, found, colour), *([""] if lines else []), *lines])
+    for what, path in (("pictures", options.plots), ("page", options.html), ("rows", options.csv)):
+        text += f"\n{what} in {path}" if path is not None else ""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))

@@ -1,0 +1,146 @@
+"""What the pictures share: colours that colour-blind readers tell apart, a figure without pyplot,
+names that a font can show, and curves of random matrices to compare with."""
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from structadapt.spectra.report import Report, Row
+
+# Okabe & Ito (2008), yellow left out: it is hard to see on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":")
+GREY, EDGE = "#BBBBBB", "#7A0000"
+POINTS = 256  # of a drawn curve
+LARGEST_NULL = 384  # side of the random matrices that are drawn
+
+
+class Lines:
+    """A colour and a dash for each name, the same in every picture of a report."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = list(dict.fromkeys(names))
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        i = self.names.index(name)
+        return {
+            "color": COLOURS[i % len(COLOURS)],
+            "linestyle": DASHES[i // len(COLOURS) % len(DASHES)],
+        }
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure that no window ever shows. ImportError without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("pictures need matplotlib: pip install 'structadapt[plot]'") from None
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def written(figure: Any, path: str | os.PathLike[str]) -> Path:
+    """Save a figure as the ending of the path says; the path."""
+    figure.savefig(path)
+    return Path(path)
+
+
+def label(name: Any, width: int = 40) -> str:
+    """A name that any font shows, that is no formula, and not too long."""
+    text = str(name).encode("ascii", "backslashreplace").decode()
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    if len(text) > width:
+        text = f"{text[: width // 3]}...{text[-(width - width // 3 - 3) :]}"
+    return text.replace("$", r"\$")
+
+
+def curve(report: Report, row: Row) -> np.ndarray:
+    """s_i / s_1 of one row, i from 1 to its largest possible rank; NaN for what is 0."""
+    s = np.asarray(report.spectrum(row["name"], row["kind"]), dtype=np.float64)[: row["max_rank"]]
+    if not len(s) or s[0] <= 0:
+        return np.full(len(s), np.nan)
+    return np.where(s > 0, s / s[0], np.nan)
+
+
+def drawable(report: Report) -> list[Row]:
+    """The rows with a spectrum that is not all 0; the whole update of a module, where there is
+    one, and not its direction too."""
+    rows = {}
+    for row in report.rows:
+        if row["status"] != "skipped" and row["frobenius_norm"]:
+            rows[row["name"]] = row  # the later one is the whole update
+    return list(rows.values())
+
+
+def by_type(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["module_type"]].append(row)
+    return groups
+
+
+def positions(n: int) -> np.ndarray:
+    """Indices of a curve of n values, evenly spaced on a logarithmic axis."""
+    return np.unique(np.geomspace(1, n, min(n, POINTS)).round().astype(int)) - 1
+
+
+def at_shares(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """A curve of n values at shares i / n, interpolated."""
+    own = (np.arange(len(values)) + 1) / len(values)
+    return np.interp(shares, own, values, left=np.nan)
+
+
+def random_curves(rows: Sequence[Row]) -> list[np.ndarray]:
+    """s_i of random matrices like those of the rows: a few draws for each kind of shape."""
+    kinds: dict[tuple[tuple[int, int], int], None] = {}
+    for row in rows:
+        kinds[row["shape"], row["max_rank"]] = None
+    return [_random(shape, rank, seed) for shape, rank in list(kinds)[:8] for seed in range(3)]
+
+
+@lru_cache(maxsize=64)
+def _random(shape: tuple[int, int], rank: int, seed: int) -> np.ndarray:
+    """Singular values of a Gaussian matrix, or of B A for Gaussian factors of a lower rank.
+
+    By the factor R of its QR decomposition, which is drawn itself (Bartlett 1933): R_ii^2 is
+    chi-squared with m - i degrees of freedom, what is above it normal. A large matrix is drawn
+    smaller, with the same ratio of its sides.
+    """
+    generator = np.random.default_rng((seed, *shape, rank))
+    if rank < min(shape):
+        left, right = (_upper(generator, size, rank) for size in shape)
+        return np.linalg.svd(left @ right.T, compute_uv=False)
+    n = min(min(shape), LARGEST_NULL)
+    return np.linalg.svd(_upper(generator, n * max(shape) / min(shape), n), compute_uv=False)
+
+
+def _upper(generator: np.random.Generator, rows: float, n: int) -> np.ndarray:
+    upper = np.triu(generator.standard_normal((n, n)), 1)
+    degrees = np.maximum(rows - np.arange(n), 1e-3)
+    return upper + np.diag(np.sqrt(generator.chisquare(degrees)))
+
+
+def grid(layers: Sequence[Any], types: Sequence[str], rows: Sequence[Row], name: str) -> np.ndarray:
+    """(layers, types) of the median of one measure; NaN where there is none."""
+    cells: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for row in rows:
+        if row[name] is not None and row["layer"] in layers and row["module_type"] in types:
+            place = layers.index(row["layer"]), types.index(row["module_type"])
+            cells[place].append(row[name])
+    values = np.full((len(layers), len(types)), math.nan)
+    for place, found in cells.items():
+        values[place] = np.median(found)
+    return values
+
+
+def layers_of(rows: Sequence[Row]) -> list[Any]:
+    """The layers in order, None first for what is in no layer."""
+    return sorted({row["layer"] for row in rows}, key=lambda n: -1 if n is None else n)

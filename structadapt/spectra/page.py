@@ -1,0 +1,192 @@
+"""A report as one HTML file: no script, nothing fetched, pictures within, every name escaped."""
+
+import base64
+import tempfile
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from structadapt.files import write_atomically
+from structadapt.spectra import plots, tables
+from structadapt.spectra.columns import COLUMNS, head, meaning
+from structadapt.spectra.evidence import RULES, Finding
+from structadapt.spectra.report import Report, Row, Where, shown, usable
+
+STYLE = """
+body { font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif; color: #1a1a1a; max-width: 76rem;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
+         white-space: nowrap; }
+th { background: #f3f3f3; font-weight: 600; }
+th:first-child, td:first-child, .text td, .text th { text-align: left; }
+.text td { white-space: normal; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; } figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
+figcaption, .quiet { color: #555; font-size: 13px; } summary { cursor: pointer; margin: .6rem 0; }
+@media print { details { display: block; } }
+"""
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+CAPTIONS = {
+    "singular_values": "Singular values beside the largest. Grey: random matrices of the same "
+    "shapes (and the same rank, of updates in factors). Dash-dotted: below this edge a difference "
+    "of two stored checkpoints is rounding.",
+    "energy": "Share of the squared Frobenius norm in the i largest singular values. Dots: k90, "
+    "diamonds: k99, medians where a line stands for several matrices.",
+    "heatmap": "Layer by module type.",
+    "training": "The training run: medians over modules with bands from 10 to 90 %.",
+}
+
+
+def write(
+    report: Report,
+    path: Where,
+    found: Sequence[Finding] = (),
+    maturity: Sequence[str] = (),
+    monitor: Where | None = None,
+) -> None:
+    """Write the page.
+
+    found: what `findings` gave. maturity: lines of text to show as they are. monitor: the
+    monitor.jsonl of a run, for its curves. Without matplotlib the page says so.
+    """
+    title = f"Spectra of {shown(report.about.get('source'))}"
+    rows = [row for row in report.rows if usable(row)]
+    parts = [f"<h1>{_text(title)}</h1>", *map(_paragraph, tables.read(report)[:20])]
+    parts += [_coverage(report), *(_paragraph(f"Note: {shown(note)}") for note in report.notes)]
+    parts += [_findings(found), *_worst(rows), *_types(report)]
+    if maturity:
+        parts.append(f"<h2>Frozen weights</h2><div class=wide><pre>{_lines(maturity)}</pre></div>")
+    parts += ["<h2>Pictures</h2>", *_pictures(report, monitor), *_modules(report.rows)]
+    parts += [_glossary(report.rows), _origin(report)]
+    write_atomically(Path(path), _page(title, parts).encode("utf-8", "xmlcharrefreplace"))
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta name="viewport" content="width=device-width">\n'
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def _text(value: Any) -> str:
+    return escape(shown(value))
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return escape("\n".join(shown(line) for line in lines))
+
+
+def _paragraph(line: str) -> str:
+    return f"<p>{_text(line)}</p>"
+
+
+def _table(rows: Sequence[Sequence[Any]], kind: str = "", heads: int = 1) -> str:
+    """The first `heads` rows are heads."""
+    lines = []
+    for i, row in enumerate(rows):
+        tag = "th" if i < heads else "td"
+        lines.append("<tr>" + "".join(f"<{tag}>{_text(c)}</{tag}>" for c in row) + "</tr>")
+    classes = f' class="{kind}"' if kind else ""
+    return f"<div class=wide><table{classes}>{''.join(lines)}</table></div>"
+
+
+def _coverage(report: Report) -> str:
+    first, *rest = tables.coverage(report)
+    items = "".join(f"<li>{_text(line.strip())}</li>" for line in rest)
+    return f"<p><strong>{_text(first.capitalize())}</strong></p>" + (
+        f"<ul>{items}</ul>" * bool(items)
+    )
+
+
+def _findings(found: Sequence[Finding]) -> str:
+    if not found:
+        return "<h2>Findings</h2><p>None of those that are looked for.</p>"
+    few = [["finding", "module", "evidence"]]
+    few += [[f.kind, f.name, f.evidence] for f in found[:20]]
+    rest = [["finding", "module", "evidence"]]
+    rest += [[f.kind, f.name, f.evidence] for f in found[20:]]
+    more = ""
+    if len(rest) > 1:
+        more = f"<details><summary>{len(rest) - 1} more</summary>{_table(rest, 'text')}</details>"
+    kinds = "; ".join(f"{k}: {RULES[k][0]}" for k in RULES if any(f.kind == k for f in found))
+    title = f"<h2>Findings: {_text(tables.counts(found))}</h2>"
+    quiet = f'<p class="quiet">{_text(kinds)}. Evidence, not verdicts.</p>'
+    return title + _table(few, "text") + more + quiet
+
+
+def _worst(rows: Sequence[Row]) -> list[str]:
+    parts = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        group = [row for row in rows if row["kind"] == kind]
+        title = f"{tables.PLURALS[kind]}: worst of {len(group)}".capitalize()
+        parts.append(f"<h2>{_text(title)}</h2>" + _table(tables.worst_cells(group)))
+    return parts
+
+
+def _types(report: Report) -> list[str]:
+    return [
+        f"<h2>{_text(tables.PLURALS[kind].capitalize())} by module type</h2>"
+        + _table(cells, heads=2)
+        for kind, cells in tables.type_cells(report)
+    ]
+
+
+def _pictures(report: Report, monitor: Where | None) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            drawn = plots.draw(report, folder)
+            if monitor is not None:
+                drawn.append(plots.training(monitor, Path(folder) / "training.png"))
+        except (ImportError, ValueError) as error:
+            return [_paragraph(f"No pictures: {error}")]
+        return [_figure(path) for path in drawn]
+
+
+def _figure(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    words = _text(CAPTIONS[path.stem])
+    image = f'<img alt="{words}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
+
+
+def _modules(rows: Sequence[Row]) -> list[str]:
+    columns = _filled(rows)
+    cells = [list(map(head, columns))]
+    cells += [[shown(row[column]) for column in columns] for row in rows]
+    what = f"All {len(rows)} matrices, all measures"
+    return [f"<h2>Modules</h2><details><summary>{what}</summary>{_table(cells)}</details>"]
+
+
+def _glossary(rows: Sequence[Row]) -> str:
+    cells = [["field", "column", "meaning"]]
+    cells += [[name, head(name), meaning(name)] for name in _filled(rows)]
+    intro = (
+        "s_1 >= ... >= s_n: singular values; e = s^2, p = e / sum e, a = s / sum s; "
+        "W' = W + dW; angles in degrees, shares from 0 to 1."
+    )
+    table = _paragraph(intro) + _table(cells, "text")
+    return f"<details><summary>What the columns mean</summary>{table}</details>"
+
+
+def _filled(rows: Sequence[Row]) -> list[str]:
+    """The columns in which something stands; with `name` first."""
+    return [c for c in COLUMNS if any(row[c] not in (None, "") for row in rows)] or ["name"]
+
+
+def _origin(report: Report) -> str:
+    about = report.about
+    files = [["file", "size", "SHA-256"]]
+    files += [
+        [file["path"], tables.in_bytes(file["bytes"]), file["sha256"] or ""]
+        for file in about.get("files", [])
+    ]
+    versions = ", ".join(
+        f"{name} {about[name]}" for name in ("structadapt", "torch") if name in about
+    )
+    return "<h2>Files</h2>" + _table(files, "text") + f'<p class="quiet">{_text(versions)}</p>'

@@ -1,0 +1,114 @@
+"""Files of torch.save: .pt, .pth and .bin. Tensors alone; a pickle that runs code is not loaded."""
+
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structadapt.spectra.matrix import SourceError, Stored, of_tensor
+from structadapt.spectra.names import unfit_name
+from structadapt.spectra.safetensors_file import refuse_pointer, regular_file
+
+WRAPPERS = ("state_dict", "model", "module", "model_state_dict")  # keys of a training checkpoint
+
+
+def read_pickle(path: Path) -> tuple[dict[str, Stored], list[str]]:
+    """The tensors of a file and notes on what else it holds.
+
+    A file in the zip format is mapped into memory to list it, and again for each part that is
+    read, so that little of it stays; one in the format before torch 1.6 is read whole and kept.
+
+    Raises SourceNotFoundError; SourceError for a file that is empty, truncated, a git-LFS pointer,
+    no file of torch.save, or holds Python objects other than tensors, which are never loaded.
+    """
+    regular_file(path)
+    with open(path, "rb") as file:
+        beginning = file.read(64)
+    refuse_pointer(path, beginning)
+    mapped = beginning.startswith(b"PK\x03\x04")
+    content, way = _state_dict(path, _load(path, mapped))
+    notes = []
+    if not mapped:
+        notes.append(f"{path} has the format before torch 1.6: all of it is held in memory")
+    if way and len(content) < 1:
+        raise SourceError(f"{path}: its {way!r} holds nothing")
+    stored = dict(_entries(path, content, way, mapped))
+    if way:
+        notes.append(f"{path}: the weights are those under {way!r}")
+    return stored, notes
+
+
+def _load(path: Path, mapped: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0] if "Unsupported" not in str(error) else _what(error)
+        raise SourceError(
+            f"{path} contains Python objects other than tensors, which can run code when they are "
+            f"read; not loaded: save its state_dict() alone, as safetensors ({reason:.160})"
+        ) from None
+    except Exception as error:  # a damaged pickle raises whatever its instructions run into
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SourceError(f"{path} is truncated or no file of torch.save: {reason:.200}") from None
+
+
+def _what(error: Exception) -> str:
+    return next(line for line in str(error).splitlines() if "Unsupported" in line)
+
+
+def _state_dict(path: Path, content: Any) -> tuple[Mapping[Any, Any], str]:
+    """What maps names to tensors, and the key of the checkpoint it lies under."""
+    if isinstance(content, Tensor):
+        return {"": content}, ""
+    if not isinstance(content, Mapping):
+        raise SourceError(
+            f"{path} holds a {type(content).__name__}, expected names and tensors (a state_dict)"
+        )
+    tensors = any(isinstance(value, Tensor) for value in content.values())
+    for way in () if tensors else WRAPPERS:
+        if isinstance(content.get(way), Mapping):
+            return content[way], way
+    if not tensors:
+        keys = ", ".join(f"{key!r:.30}" for key in list(content)[:5])
+        raise SourceError(f"{path} holds no tensor: its keys are {keys or 'none'}")
+    return content, ""
+
+
+def _entries(
+    path: Path, content: Mapping[Any, Any], way: str, mapped: bool
+) -> Iterator[tuple[str, Stored]]:
+    for key, value in content.items():
+        name = key if isinstance(key, str) else f"{key!r:.60}"
+        problem = unfit_name(key)
+        if not isinstance(value, Tensor):
+            yield name, _nothing(path, name, problem or f"a {type(value).__name__}, no tensor")
+            continue
+        stored = of_tensor(name, value, str(path))
+        read = _reader(path, way, key) if mapped else stored.read
+        yield name, Stored(
+            name, stored.shape, stored.dtype, str(path), read, problem or stored.problem,
+            tie=stored.tie,
+        )  # fmt: skip
+
+
+def _nothing(path: Path, name: str, problem: str) -> Stored:
+    def read(start: int, stop: int) -> Tensor:
+        raise SourceError(f"{path}: {name}: {problem}")
+
+    return Stored(name, (), "none", str(path), read, problem)
+
+
+def _reader(path: Path, way: str, key: Any) -> Any:
+    """Reads a part of one tensor from a fresh mapping of the file, which then goes away."""
+
+    def read(start: int, stop: int) -> Tensor:
+        content, found = _state_dict(path, _load(path, True))
+        tensor = content.get(key) if found == way else None
+        if not isinstance(tensor, Tensor):
+            raise SourceError(f"{path}: {key} is gone: was the file written while it is read?")
+        return tensor.detach().reshape(-1)[start:stop].clone()
+
+    return read

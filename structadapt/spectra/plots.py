@@ -1,0 +1,308 @@
+"""Pictures of reports, written to files. They need matplotlib (the extra `plot`).
+
+Singular values and cumulative energy against random matrices, heat maps of layer by module type,
+several adapters on one scale, and the curves of a training run. Nothing is shown on a screen, and
+no global setting of matplotlib is touched.
+"""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from structadapt.spectra.columns import title
+from structadapt.spectra.drawing import (
+    COLOURS,
+    EDGE,
+    GREY,
+    Lines,
+    at_shares,
+    by_type,
+    curve,
+    drawable,
+    grid,
+    label,
+    layers_of,
+    new_figure,
+    positions,
+    random_curves,
+    written,
+)
+from structadapt.spectra.report import Report, Row
+
+Where = str | os.PathLike[str]
+FEW = 12  # matrices that get a line of their own
+WIDEST = 14  # inches of a picture
+OF_UPDATES = ("participation_ratio_ratio", "topk_energy", "relative_norm")
+OF_WEIGHTS = ("effective_rank_ratio", "stable_rank_ratio", "alpha_median_ratio")
+
+
+def draw(report: Report, folder: Where) -> list[Path]:
+    """All pictures of one report, into a folder that is made: the paths. ValueError if no row has
+    anything to draw."""
+    if not drawable(report):
+        raise ValueError("nothing to draw: every matrix is zero or was left out")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        singular_values(report, folder / "singular_values.png"),
+        energy(report, folder / "energy.png"),
+        heatmap({"": report}, folder / "heatmap.png"),
+    ]
+
+
+def singular_values(report: Report, path: Where) -> Path:
+    """s_i / s_1, both axes logarithmic, with the band of random matrices and the noise edge."""
+    rows = drawable(report)
+    figure, axes, x_of = _curves(rows)
+    nulls = random_curves(rows)
+    shares = np.geomspace(1 / max(map(len, nulls)), 1, 400)
+    band = np.stack([at_shares(s / s[0], shares) for s in nulls])
+    low, high = np.fmin.reduce(band), np.fmax.reduce(band)
+    x = shares * rows[0]["max_rank"] if x_of is _index else shares
+    random = axes.fill_between(x, low, high, color=GREY, label="random, same shapes", zorder=1)
+    found = [curve(report, row) for row in rows]
+    handles = _lines(axes, rows, found, x_of)
+    edges = [r["noise_edge"] / r["spectral_norm"] for r in rows if r["noise_edge"]]
+    if edges:
+        edge = axes.axhline(float(np.median(edges)), color=EDGE, linewidth=1.2, linestyle="-.")
+        edge.set_label("noise edge of rounding" + (" (median)" if len(edges) > 1 else ""))
+        handles.append(edge)
+    bottom = min((np.nanmin(c) for c in found if np.isfinite(c).any()), default=1e-3)
+    axes.set(yscale="log", ylim=(max(bottom / 2, 1e-7), 1.6))
+    axes.set(ylabel="s_i / s_1", title="Singular values")
+    _legend(axes, [random, *handles])
+    return written(figure, path)
+
+
+def energy(report: Report, path: Where) -> Path:
+    """The share of the energy in the i largest singular values, with k90 and k99."""
+    rows = drawable(report)
+    figure, axes, x_of = _curves(rows)
+    found = []
+    for row in rows:
+        e = np.nan_to_num(curve(report, row)) ** 2
+        found.append(e.cumsum() / e.sum())
+    handles = _lines(axes, rows, found, x_of)
+    colours = {h.get_label(): h.get_color() for h in handles}
+    for level, column, marker in ((0.9, "k90", "o"), (0.99, "k99", "D")):
+        axes.axhline(level, color=GREY, linewidth=0.8, zorder=0)
+        for name, group in _named(rows).items():
+            ks = [r[column] / (1 if x_of is _index else r["max_rank"]) for r in group if r[column]]
+            if ks:
+                place = float(np.median(ks)), level
+                axes.plot(*place, marker, color=colours[label(name)], markersize=6, clip_on=False)
+    axes.plot([], [], "o", color="#555555", label="k90, 90 % of the energy")
+    axes.plot([], [], "D", color="#555555", label="k99, 99 %")
+    ticks = [0, 0.25, 0.5, 0.75, 0.9, 0.99]
+    axes.set(ylim=(0, 1.03), yticks=ticks, ylabel="share of the energy")
+    axes.set_title("Energy in the i largest singular values")
+    _legend(axes, [*handles, *axes.get_lines()[-2:]])
+    return written(figure, path)
+
+
+def heatmap(
+    reports: Mapping[str, Report], path: Where, measures: Sequence[str] | None = None
+) -> Path:
+    """Layer by module type, one picture a measure and report; one scale for all reports."""
+    rows = {name: drawable(report) for name, report in reports.items()}
+    every = [row for group in rows.values() for row in group]
+    if not every:
+        raise ValueError("nothing to draw: every matrix is zero or was left out")
+    kinds = {row["kind"] for row in every}
+    wanted = measures or (OF_WEIGHTS if kinds == {"weight"} else OF_UPDATES)
+    wanted = [m for m in wanted if any(row[m] is not None for row in every)]
+    types, layers = list(by_type(every)), layers_of(every)
+    wide = max(2.6, 0.62 * len(types)) + 1.3
+    tall = max(1.6, 0.24 * len(layers)) + 0.9 + 0.075 * max(map(len, types))
+    below = len(rows) == 1 and wide * len(wanted) > WIDEST  # one picture below the other
+    down, across = (len(wanted), 1) if below else (len(rows), len(wanted))
+    figure = new_figure(wide * across, tall * down)
+    panels = figure.subplots(down, across, squeeze=False)
+    panels = panels.T if below else panels
+    for j, measure in enumerate(wanted):
+        grids = [grid(layers, types, group, measure) for group in rows.values()]
+        low, high = np.nanmin(np.stack(grids)), np.nanmax(np.stack(grids))
+        images = []
+        for i, (name, values) in enumerate(zip(rows, grids, strict=True)):
+            images.append(_heat(panels[i, j], values, layers, types, low, high))
+            panels[i, j].set_title(title(measure) + (f"\n{label(name, 24)}" if name else ""))
+        figure.colorbar(images[0], ax=list(panels[:, j]), fraction=0.06, aspect=30)
+    return written(figure, path)
+
+
+def comparison(reports: Mapping[str, Report], path: Where) -> Path:
+    """Several adapters or models on one scale: every matrix a dot, median and 10-90 % a bar."""
+    rows = {name: drawable(report) for name, report in reports.items()}
+    every = [row for group in rows.values() for row in group]
+    if not every:
+        raise ValueError("nothing to draw: every matrix is zero or was left out")
+    wanted = ["effective_rank", "participation_ratio", "topk_energy", "relative_norm"]
+    if not any(row["relative_norm"] is not None for row in every):
+        wanted[-1] = "frobenius_norm"
+    figure = new_figure(11, 1.7 + 0.55 * len(rows))
+    panels = figure.subplots(1, len(wanted), sharey=True)
+    for axes, measure in zip(panels, wanted, strict=True):
+        for i, group in enumerate(rows.values()):
+            values = np.array([row[measure] for row in group if row[measure] is not None])
+            if len(values):
+                _strip(axes, values, len(rows) - 1 - i, COLOURS[i % len(COLOURS)])
+        axes.set(xlabel=title(measure), ylim=(-0.6, len(rows) - 0.4))
+        if measure != "topk_energy":
+            _plain_log(axes)
+        else:
+            axes.set_xlim(-0.03, 1.03)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(rows)), [label(name, 28) for name in reversed(rows)])
+    figure.suptitle("every matrix a dot; median and 10-90 % a bar")
+    return written(figure, path)
+
+
+def training(path: Where, picture: Where) -> Path:
+    """The curves of a run from its monitor.jsonl: medians over modules with 10-90 % bands, and
+    marks where a state began. ValueError for a file that is no log of a monitor."""
+    records = _records(path)
+    steps = [record["step"] for record in records]
+    figure = new_figure(9, 6)
+    panels = list(figure.subplots(2, 2).flat)
+    wanted = ("participation_ratio", "topk_energy", "relative_norm", "relative_spectral")
+    for axes, name in zip(panels, wanted, strict=True):
+        bands = [record["bands"].get(name) or (None, None, None) for record in records]
+        low, median, high = np.array(bands, dtype=np.float64).T  # None becomes NaN
+        axes.fill_between(steps, low, high, color=COLOURS[5], alpha=0.35, label="10-90 %")
+        axes.plot(steps, median, color=COLOURS[0], label="median")
+        for step, state in _changes(records):
+            axes.axvline(step, color=EDGE, linewidth=0.8, linestyle="-.")
+            mark = {"rotation": 90, "va": "top", "fontsize": 8, "color": EDGE}
+            axes.text(step, 0.99, f" {label(state)}", transform=axes.get_xaxis_transform(), **mark)
+        if name.startswith("relative") and (low > 0).any():
+            _plain_log(axes, "y")
+        axes.set(xlabel="step", title=title(name))
+        axes.grid(alpha=0.3)
+    panels[-1].legend(loc="lower right", fontsize=8)
+    return written(figure, picture)
+
+
+def _records(path: Where) -> list[dict[str, Any]]:
+    """The readings of a monitor; the last line may be torn."""
+    found = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+            found.append({key: record[key] for key in ("step", "state", "bands")})
+        except (ValueError, KeyError, TypeError):
+            break
+    if not found:
+        raise ValueError(f"{path} holds no reading of a monitor")
+    return found
+
+
+def _changes(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+    """(step, state) where the state became another."""
+    return [
+        (after["step"], after["state"])
+        for before, after in itertools.pairwise(records)
+        if after["state"] != before["state"]
+    ]
+
+
+def _curves(rows: Sequence[Row]) -> tuple[Any, Any, Any]:
+    """(figure, axes, x of row): by index where all have one rank, else by share of the rank."""
+    same = len({row["max_rank"] for row in rows}) == 1
+    figure = new_figure(8, 4.8)
+    axes = figure.subplots()
+    _plain_log(axes)
+    axes.set_xlabel("i" if same else "i / n, the share of all directions")
+    axes.grid(alpha=0.3)
+    return figure, axes, _index if same else _share
+
+
+def _index(row: Row, indices: np.ndarray) -> np.ndarray:
+    return indices + 1
+
+
+def _share(row: Row, indices: np.ndarray) -> np.ndarray:
+    return (indices + 1) / row["max_rank"]
+
+
+def _named(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Each matrix by itself where they are few, else by module type."""
+    return {row["name"]: [row] for row in rows} if len(rows) <= FEW else by_type(rows)
+
+
+def _lines(axes: Any, rows: Sequence[Row], found: Sequence[np.ndarray], x_of: Any) -> list[Any]:
+    """One line a matrix; of many, thin ones and the median of each type. The legend's handles."""
+    groups = _named(rows)
+    style, handles = Lines(groups), []
+    values = {id(row): c for row, c in zip(rows, found, strict=True)}
+    for name, group in groups.items():
+        own = {**style[name], "zorder": 3, "label": label(name)}
+        if len(group) == 1:
+            at = positions(group[0]["max_rank"])
+            marker = "." if len(at) < 3 else ""
+            x, y = x_of(group[0], at), values[id(group[0])][at]
+            handles += axes.plot(x, y, marker=marker, linewidth=1.6, **own)
+            continue
+        axes.add_collection(_thin(group, values, x_of, own["color"]))
+        shortest = min(row["max_rank"] for row in group)
+        shares = (positions(shortest) + 1) / shortest
+        middle = np.median([at_shares(values[id(row)], shares) for row in group], 0)
+        x = shares * shortest if x_of is _index else shares
+        handles += axes.plot(x, middle, linewidth=2, **own)
+    return handles
+
+
+def _thin(group: Sequence[Row], values: Mapping[int, np.ndarray], x_of: Any, colour: str) -> Any:
+    from matplotlib.collections import LineCollection
+
+    lines = []
+    for row in group:
+        at = positions(row["max_rank"])
+        lines.append(np.column_stack([x_of(row, at), values[id(row)][at]]))
+    return LineCollection(lines, colors=colour, linewidths=0.5, alpha=0.25, zorder=2)
+
+
+def _legend(axes: Any, handles: Sequence[Any]) -> None:
+    axes.legend(handles=handles, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _heat(axes: Any, values: np.ndarray, layers: Any, types: Any, low: float, high: float) -> Any:
+    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=low, vmax=high)
+    axes.set_facecolor("#EEEEEE")
+    every = max(1, math.ceil(len(layers) / 40))
+    names = ["none" if layer is None else str(layer) for layer in layers]
+    axes.set_yticks(range(0, len(layers), every), names[::every], fontsize=8)
+    axes.set_xticks(range(len(types)), [label(t, 24) for t in types], fontsize=8, rotation=60,
+                    ha="right", rotation_mode="anchor")  # fmt: skip
+    axes.set_ylabel("layer")
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            light = high > low and (value - low) / (high - low) < 0.5
+            axes.text(j, i, f"{value:#.2g}".rstrip("."), ha="center", va="center", fontsize=7,
+                      color="white" if light else "black")  # fmt: skip
+    return image
+
+
+def _strip(axes: Any, values: np.ndarray, y: int, colour: str) -> None:
+    jitter = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else np.zeros(1)
+    axes.plot(values, y + jitter, ".", color=colour, alpha=0.35, markersize=4, zorder=2)
+    low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
+    axes.plot([low, high], [y, y], color=colour, linewidth=4, alpha=0.7, zorder=3)
+    axes.plot(middle, y, "|", color="black", markersize=14, markeredgewidth=2, zorder=4)
+
+
+def _plain_log(axes: Any, which: str = "x") -> None:
+    """A logarithmic axis with few numbers, such as 20 and 0.003."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis = getattr(axes, f"{which}axis")
+    axes.set(**{f"{which}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis=which, labelsize=8)

@@ -1,0 +1,217 @@
+"""A report on a terminal: what was read, what was left out and why, the worst, then the types."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from structadapt.spectra.columns import head
+from structadapt.spectra.evidence import Finding
+from structadapt.spectra.report import Report, Row, is_matrix, shown, usable
+
+WORST = 5  # modules that are named
+NAMES = 3  # named of many that were left out for one reason
+
+
+class Measure(NamedTuple):
+    """A column of the table of types, and which end of it is worth a look."""
+
+    name: str
+    worst: str  # "low" or "high"
+
+
+OF_UPDATES = (
+    Measure("participation_ratio_ratio", "low"),
+    Measure("topk_energy", "high"),
+    Measure("relative_norm", "high"),
+    Measure("frobenius_norm", "high"),
+)
+OF_WEIGHTS = (
+    Measure("effective_rank_ratio", "low"),
+    Measure("stable_rank_ratio", "low"),
+    Measure("alpha_median_ratio", "low"),
+)
+EVIDENCE = {  # columns of the table of the worst modules
+    True: (
+        "effective_rank",
+        "effective_rank_cut",
+        "participation_ratio",
+        "participation_ratio_ratio",
+        "topk_energy",
+        "relative_norm",
+        "relative_spectral",
+    ),
+    False: (
+        "effective_rank",
+        "effective_rank_ratio",
+        "stable_rank_ratio",
+        "topk_energy",
+        "mp_spikes",
+        "alpha_median_ratio",
+    ),
+}
+
+
+def screen(report: Report, found: Sequence[Finding], colour: bool = False) -> str:
+    """All of a report that fits a screen, in the order in which it should be read."""
+    lines = [*read(report), *coverage(report), *(f"note: {shown(n)}" for n in report.notes)]
+    if found:
+        lines += ["", bold(f"findings: {counts(found)}", colour), *named(found)]
+    for kind in dict.fromkeys(row["kind"] for row in report.rows if usable(row)):
+        rows = [row for row in report.rows if row["kind"] == kind and usable(row)]
+        title = bold(f"{PLURALS[kind]}: worst of {len(rows)}", colour)
+        lines += ["", title, *aligned(worst_cells(rows))]
+    for kind, table in type_cells(report):
+        lines += ["", bold(f"{PLURALS[kind]} by module type", colour), *aligned(table)]
+    return "\n".join(lines)
+
+
+PLURALS = {
+    "weight": "weights",
+    "update": "updates",
+    "direction": "directions s B A",
+    "effective": "whole updates W' - W",
+}
+
+
+def read(report: Report) -> list[str]:
+    """What was read, and how its values came about."""
+    about, rows = report.about, [row for row in report.rows if usable(row)]
+    sizes = sum(file["bytes"] for file in about.get("files", []))
+    size = f" ({in_bytes(sizes)})" if sizes else ""
+    base = f", base {shown(about['base'])}" if about.get("base") else ""
+    what = f": {about['what']}" if about.get("what") else ""
+    lines = [f"{shown(about.get('source'))}{base}{what}{size}"]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        paths = _counted((r["precision"], r["method"]) for r in rows if r["kind"] == kind)
+        ways = ", ".join(f"{count} from {how} by {by}" for (how, by), count in paths.items())
+        lines.append(f"{PLURALS[kind]}: {ways}")
+    return lines
+
+
+def coverage(report: Report) -> list[str]:
+    """How many matrices were analysed of how many, and why the others were not."""
+    done = {row["name"] for row in report.rows if usable(row)}
+    failed = [row for row in report.rows if not usable(row)]
+    others = {s["name"] for s in report.skipped if is_matrix(s)}
+    total = done | others | {row["name"] for row in failed}
+    lines = [f"coverage: {len(done)} of {len(total)} matrices"]
+    groups: dict[str, list[str]] = defaultdict(list)
+    for entry in [*failed, *report.skipped]:
+        groups[entry["reason"]].append(f"{entry['name']} ({shown(entry['shape'])})")
+    for reason, names in groups.items():
+        more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
+        few = ", ".join(shown(name) for name in names[:NAMES])
+        lines.append(f"  left out: {few}{more}: {shown(reason)}")
+    partial = _counted(
+        row["reason"]
+        for row in report.rows
+        if row["status"] == "partial" and row["kind"] != "direction"  # a note says that
+    )
+    return lines + [f"  in part: {count} rows: {why}" for why, count in partial.items()]
+
+
+def worst_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The modules that use the fewest directions beside a random matrix, with the figures."""
+    updates = rows[0]["kind"] != "weight"
+    columns = [c for c in EVIDENCE[updates] if any(row[c] is not None for row in rows)]
+    order = "participation_ratio_ratio" if updates else "effective_rank_ratio"
+    first = sorted(rows, key=lambda row: np.inf if row[order] is None else row[order])[:WORST]
+    table = [["module", "out x in", *map(head, columns)]]
+    for row in first:
+        cells = [shown(row[column], 3) or "-" for column in columns]
+        table.append([middle(shown(row["name"])), shown(row["shape"]), *cells])
+    return table
+
+
+def named(found: Sequence[Finding]) -> list[str]:
+    """A few findings of each kind, with the evidence."""
+    lines = []
+    for kind in dict.fromkeys(f.kind for f in found):
+        of_kind = [f for f in found if f.kind == kind]
+        lines += [f"  {kind:13} {middle(shown(f.name))}: {f.evidence}" for f in of_kind[:NAMES]]
+        if len(of_kind) > NAMES:
+            lines.append(f"  {kind:13} and {len(of_kind) - NAMES} more")
+    return lines
+
+
+def counts(found: Sequence[Finding]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in _counted(f.kind for f in found).items())
+
+
+def type_cells(report: Report) -> list[tuple[str, list[list[str]]]]:
+    """(kind, rows of cells, two of them heads): module type x median, IQR and worst layer."""
+    tables = []
+    for kind in dict.fromkeys(row["kind"] for row in report.rows if usable(row)):
+        rows = [row for row in report.rows if row["kind"] == kind and usable(row)]
+        wanted = OF_WEIGHTS if kind == "weight" else OF_UPDATES
+        measures = [m for m in wanted if any(row[m.name] is not None for row in rows)][:3]
+        table = [["", "", *(cell for m in measures for cell in (head(m.name), "", ""))]]
+        ends = {"low": "lowest", "high": "highest"}
+        table.append(
+            ["type", "n", *(cell for m in measures for cell in ("median", "IQR", ends[m.worst]))]
+        )
+        for name, group in by_type(rows).items():
+            cells = [cell for m in measures for cell in _spread(group, *m)]
+            table.append([middle(shown(name), 30), str(len(group)), *cells])
+        tables.append((kind, table))
+    return tables
+
+
+def by_type(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["module_type"]].append(row)
+    return groups
+
+
+def _spread(rows: list[Row], name: str, end: str) -> list[str]:
+    """[median, interquartile range, worst with its layer] of one measure."""
+    with_value = [row for row in rows if row[name] is not None]
+    if not with_value:
+        return ["-", "", ""]
+    low, median, high = np.quantile([row[name] for row in with_value], (0.25, 0.5, 0.75))
+    row = (max if end == "high" else min)(with_value, key=lambda row: row[name])
+    layer = "" if row["layer"] is None else f" L{row['layer']}"
+    spread = f"{shown(float(low), 2)}-{shown(float(high), 2)}" if len(with_value) > 1 else ""
+    return [shown(float(median), 3), spread, f"{shown(row[name], 3)}{layer}"]
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of equal width, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]
+
+
+def middle(name: str, width: int = 44) -> str:
+    """A name without its middle where it is too long: the ends tell modules apart."""
+    if len(name) <= width:
+        return name
+    return f"{name[: width // 3]}...{name[-(width - width // 3 - 3) :]}"
+
+
+def bold(text: str, colour: bool) -> str:
+    return f"\x1b[1m{text}\x1b[0m" if colour else text
+
+
+def in_bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _counted(values: Iterable[Any]) -> dict[Any, int]:
+    found: dict[Any, int] = defaultdict(int)
+    for value in values:
+        found[value] += 1
+    return dict(found)

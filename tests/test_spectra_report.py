@@ -1,0 +1,644 @@
+"""Reports against what they report on, and what is shown of them against the rows."""
+
+import copy
+import csv
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import structadapt as sa
+from structadapt.spectra import maturity, page, plots, tables
+from structadapt.spectra.columns import COLUMNS, MEASURES, NULLED, head, meaning, title
+from structadapt.spectra.evidence import RULES, failing, incomplete
+from structadapt.spectra.geometry import principal
+from structadapt.spectra.places import places_of
+from structadapt.spectra.progress import Meter, duration, flops
+from structadapt.spectra.report import Report
+
+PURE = (
+    sa.spectra.effective_rank,
+    sa.spectra.effective_rank_energy,
+    sa.spectra.participation_ratio,
+    sa.spectra.stable_rank,
+    sa.spectra.topk_energy,
+)
+
+
+def whole(report):
+    """The rows of whole updates or weights by name: what has two rows has its direction first."""
+    return {row["name"]: row for row in report.rows}
+
+
+def assert_same(left, right, rel=1e-12, but=("seconds",)):
+    """Two rows, up to `but`."""
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        if key not in but:
+            close = isinstance(value, float)
+            assert right[key] == (pytest.approx(value, rel=rel, abs=1e-12) if close else value), key
+
+
+def random_pair(shape=(29, 21), size=0.05, seed=0):
+    """A weight, and the same with an update that is not small."""
+    generator = torch.Generator().manual_seed(seed)
+    W, noise = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return W, W + size * noise
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def test_a_report_on_a_model(net, adapter, train_a_little):
+    train_a_little(sa.adapt(net, adapter))
+    report = sa.spectra.analyze(net)
+    rows, deltas = whole(report), dict(sa.delta_weights(net))
+    assert list(rows) == list(deltas)
+    for name, delta in deltas.items():
+        row, W = rows[name], net.get_submodule(name).weight
+        s = torch.linalg.svdvals(delta.double())
+        for measure in PURE:
+            assert row[measure.__name__] == pytest.approx(measure(s), rel=1e-5)
+        assert row["frobenius_norm"] == pytest.approx(delta.norm().item(), rel=1e-5)
+        assert row["relative_norm"] == pytest.approx((delta.norm() / W.norm()).item(), rel=1e-5)
+        assert row["shape"] == tuple(delta.shape) and (row["status"], row["reason"]) == ("ok", "")
+        assert tuple(row) == COLUMNS and None not in (
+            row["null" if 0 else "seconds"],
+            row["method"],
+        )
+        np.testing.assert_allclose(report.spectrum(name), s, rtol=1e-4, atol=1e-6)
+    with sa.merged(net):
+        for before, merged in zip(report.rows, sa.spectra.analyze(net).rows, strict=True):
+            assert_same(before, merged)
+    two = isinstance(adapter, sa.DoRA)
+    kinds = {"direction", "effective"} if two else {"update"}
+    assert {row["kind"] for row in report.rows} == kinds
+    assert len(report.rows) == (2 if two else 1) * len(deltas)
+    if two:
+        layer = net.get_submodule(name)
+        s = torch.linalg.svdvals(layer.adapter.scale * layer.B.double() @ layer.A.double())
+        direction = report.spectrum(name, "direction")
+        np.testing.assert_allclose(direction[:3], s[:3].detach(), rtol=1e-6)
+        drift = (layer.m.double() / layer.matrix().double().norm(dim=1) - 1).abs().detach()
+        assert rows[name]["magnitude_mean"] == pytest.approx(drift.mean().item())
+        assert rows[name]["magnitude_max"] == pytest.approx(drift.max().item())
+
+
+def test_a_model_less_its_base_is_the_update_of_its_adapters(net, adapter, train_a_little):
+    base = copy.deepcopy(net)
+    train_a_little(sa.adapt(net, adapter))
+    differences = whole(sa.spectra.analyze(net, base))
+    for row in whole(sa.spectra.analyze(net)).values():
+        for key in ("effective_rank", "frobenius_norm", "relative_norm", "nss_drift", "intruders"):
+            assert differences[row["name"]][key] == pytest.approx(row[key], rel=1e-5), key
+
+
+def test_a_report_on_a_file_is_the_one_on_its_model(net, adapter, tmp_path, train_a_little):
+    base = copy.deepcopy(net)
+    train_a_little(sa.adapt(net, adapter))
+    sa.save(net, tmp_path / "a.safetensors")
+    safetensors.torch.save_file(base.state_dict(), tmp_path / "base.safetensors")
+    of_model = sa.spectra.analyze(net).rows
+    for weights in (base, base.state_dict(), tmp_path / "base.safetensors", net):
+        of_file = sa.spectra.analyze(tmp_path / "a.safetensors", weights).rows
+        for left, right in zip(of_model, of_file, strict=True):
+            assert_same(left, right, rel=1e-6, but=("seconds", "source"))
+    alone = sa.spectra.analyze(tmp_path / "a.safetensors")
+    for row in alone.rows:
+        assert row["relative_norm"] is None and row["nss_drift"] is None
+        partial = isinstance(adapter, sa.DoRA)
+        assert row["status"] == ("partial" if partial else "ok")
+        assert ("pass base=" in row["reason"]) == partial
+    assert not incomplete(alone)
+
+
+@pytest.mark.parametrize("shape", [(29, 21), (21, 29), (40, 16), (1, 5)], ids=str)
+def test_every_relation_is_that_of_full_decompositions(shape):
+    W, tuned = random_pair(shape, size=0.6)
+    W[0], tuned[0, 0] = 1.0, W[0, 0]
+    row = whole(sa.spectra.analyze({"l.weight": tuned}, {"l.weight": W}))["l"]
+    before, after = (np.linalg.svd(X.numpy(), full_matrices=False) for X in (W, tuned))
+    dW = (tuned - W).numpy()
+    drift = np.linalg.norm(after[1] - before[1]) / np.linalg.norm(before[1])
+    assert row["nss_drift"] == pytest.approx(drift)
+    size = np.linalg.norm(dW, 2) / before[1][0]
+    assert row["relative_spectral"] == pytest.approx(size)
+    k = principal(shape)
+    U, V = before[0][:, :k], before[2][:k].T
+    for side, old, new in (("left", U, after[0][:, :k]), ("right", V, after[2][:k].T)):
+        cosines = np.linalg.svd(old.T @ new, compute_uv=False).clip(max=1)
+        angle = np.degrees(np.arccos(cosines.min()))
+        assert row[f"angle_{side}_max"] == pytest.approx(angle, abs=1e-5)
+    whole_energy = (dW**2).sum()
+    for side, part in (("left", U.T @ dW), ("right", dW @ V), ("both", U.T @ dW @ V)):
+        off = 1 - (part**2).sum() / whole_energy
+        assert row[f"off_principal_{side}"] == pytest.approx(off, abs=1e-12)
+    assert row["off_principal_left_null"] == pytest.approx(1 - k / shape[0])
+    similar = np.abs(before[0].T @ after[0][:, :10]).max(0)
+    assert row["intruders"] == (similar < 0.5).sum()
+    kept = (np.abs(dW) <= 1e-3 * np.maximum(np.abs(W.numpy()), np.abs(tuned.numpy()))).mean()
+    assert row["sparsity"] == pytest.approx(kept) and row["sparsity"] > 0
+
+
+def test_relations_can_be_left_out():
+    W, tuned = random_pair()
+    row = sa.spectra.analyze({"l.weight": tuned}, {"l.weight": W}, relations=False).rows[0]
+    assert row["nss_drift"] is row["intruders"] is row["angle_left_max"] is None
+    ratio = ((tuned - W).norm() / W.norm()).item()
+    assert row["relative_norm"] == pytest.approx(ratio) and row["sparsity"] is not None
+
+
+def test_value_null_and_ratio_stand_beside_each_other():
+    W, _ = random_pair((64, 64))
+    (row,) = sa.spectra.analyze({"l.weight": W}).rows
+    assert row["kind"] == "weight" and row["relative_norm"] is None
+    for name in NULLED:
+        value, null, ratio = row[name], row[f"{name}_null"], row[f"{name}_ratio"]
+        assert ratio == (None if value is None else pytest.approx(value / null)), name
+    for name in ("effective_rank", "participation_ratio", "stable_rank", "alpha_median"):
+        assert row[f"{name}_ratio"] == pytest.approx(1, abs=0.1), "noise beside noise"
+
+
+def test_an_update_in_factors_has_a_null_of_its_rank(net):
+    generator = torch.Generator().manual_seed(0)
+    sa.adapt(net, sa.LoRA(rank=8))
+    with torch.no_grad():
+        for parameter in sa.adapter_parameters(net):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    for row in sa.spectra.analyze(net).rows:
+        m, k = row["shape"]
+        assert row["max_rank"] == 8
+        assert row["participation_ratio_null"] == pytest.approx(
+            1 / (1 / 8 + 1 / m + 1 / k), rel=0.05
+        )
+        assert row["participation_ratio_ratio"] == pytest.approx(1, abs=0.25)
+
+
+def test_rounding_looks_like_rank_and_is_cut():
+    """A merge in bfloat16 of an update of rank 4: raw ranks are those of rounding."""
+    generator = torch.Generator().manual_seed(0)
+    W = (0.02 * torch.randn(160, 120, generator=generator)).bfloat16()
+    B, A = (torch.randn(s, generator=generator) for s in [(160, 4), (4, 120)])
+    delta = B @ A
+    delta *= 1e-2 * W.float().norm() / delta.norm()
+    tuned = (W.float() + delta).bfloat16()
+    report = sa.spectra.analyze({"l.weight": tuned}, {"l.weight": W})
+    (row,) = report.rows
+    assert row["precision"] == "difference of bfloat16" and row["noise_edge"] > 0
+    assert row["rank_above_noise"] == 4 and row["effective_rank_cut"] < 4.001
+    assert row["numerical_rank"] > 100 and row["effective_rank"] > 20
+    assert any("rank_above_noise" in note for note in report.notes)
+    (finding,) = sa.spectra.findings(report)
+    assert finding.kind == "rounding" and "4 values above the edge" in finding.evidence
+
+
+def test_weights_differences_and_what_does_not_fit(net, tmp_path):
+    base = copy.deepcopy(net.state_dict())
+    with torch.no_grad():
+        net.blocks[0]["up"].weight[0] += 1.0
+    rows = whole(sa.spectra.analyze(net, base))
+    assert rows["blocks.0.up"]["stable_rank"] == pytest.approx(1)
+    zero = rows["blocks.1.up"]
+    assert zero["stable_rank"] == 0.0 and zero["status"] == "ok" and "embed" in rows
+    assert zero["effective_rank_ratio"] is None and zero["relative_norm"] == 0.0
+    plain = whole(sa.spectra.analyze(net))
+    assert plain["embed"]["kind"] == "weight" and plain["embed"]["shape"] == (32, 11)
+    with pytest.raises(ValueError, match="the base has no matrix"):
+        sa.spectra.analyze(net, {"embed.weight": base["embed.weight"]})
+    with pytest.raises(ValueError, match="no matrix"):
+        sa.spectra.analyze({"b": torch.ones(3)}, {})
+    root = nn.Linear(4, 4)
+    assert sa.spectra.analyze({"weight": torch.eye(4)}, root).rows[0]["name"] == ""
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08")
+    with pytest.raises(ValueError, match="cut.safetensors"):
+        sa.spectra.analyze(tmp_path / "cut.safetensors")
+    with pytest.raises(FileNotFoundError):
+        sa.spectra.analyze(tmp_path / "missing.safetensors")
+    for settings, words in (
+        ({"method": "fast"}, "method must be one of"),
+        ({"workers": 0}, "workers must be at least 1"),
+        ({"device": "nothing"}, "device 'nothing' cannot be used"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sa.spectra.analyze(net, **settings)
+
+
+def test_one_bad_matrix_is_a_row_and_the_others_go_on(net):
+    with torch.no_grad():
+        net.blocks[0]["attn"].weight[3, 2] = torch.nan
+    report = sa.spectra.analyze(net)
+    rows = whole(report)
+    bad = rows.pop("blocks.0.attn")
+    assert bad["status"] == "skipped" and "not finite" in bad["reason"] and incomplete(report)
+    assert bad["effective_rank"] is None and "blocks.0.attn" not in report.spectra
+    assert all(row["status"] == "ok" for row in rows.values()) and len(rows) == 7
+    assert [f.kind for f in sa.spectra.findings(report)] == ["nonfinite"]
+    with pytest.raises(ValueError, match="not finite"):
+        sa.spectra.analyze(net, strict=True)
+    sa.adapt(net, sa.LoRA(rank=2), "attn")
+    first, second = sa.spectra.analyze(net).rows
+    assert first["status"] == "partial" and first["reason"].startswith("without its base: ")
+    assert first["effective_rank"] == 0.0 and second["status"] == "ok"
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (0, 4), (3, 0)], ids=str)
+def test_the_smallest_matrices_have_rows(shape):
+    W = torch.full(shape, 2.0)
+    state = {"l.weight": W, "m.weight": torch.eye(3)}
+    for base in (None, {"l.weight": W / 2, "m.weight": torch.eye(3) * 2}):
+        report = sa.spectra.analyze(state, base)
+        names = {row["name"]: row["status"] for row in report.rows}
+        assert names["m"] == "ok"
+        assert names.get("l") == ("ok" if W.numel() else None)
+        assert bool(report.skipped) == (not W.numel())
+        json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_workers_and_methods_find_the_same(net):
+    tuned = copy.deepcopy(net)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.mul_(1.1).add_(0.01)
+    one, two = (sa.spectra.analyze(tuned, net, workers=n) for n in (1, 3))
+    exact = sa.spectra.analyze(tuned, net, method="svd")
+    for left, right, svd in zip(one.rows, two.rows, exact.rows, strict=True):
+        assert_same(left, right)
+        assert (left["method"], svd["method"]) == ("gram", "svd")
+        assert left["effective_rank"] == pytest.approx(svd["effective_rank"], rel=1e-6)
+        assert left["name"] == right["name"]
+
+
+def test_include_exclude_and_the_run_folder(net, tmp_path, train_a_little):
+    report = sa.spectra.analyze(net, include="blocks", exclude=["up$", "down$"])
+    assert [row["name"] for row in report.rows] == ["blocks.0.attn", "blocks.1.attn"]
+    safetensors.torch.save_file(net.state_dict(), tmp_path / "base.safetensors")
+    sa.save(train_a_little(sa.adapt(net, sa.LoRA(rank=2))), tmp_path / "adapter.safetensors")
+    (tmp_path / "metrics.jsonl").touch()
+    report = sa.spectra.analyze(tmp_path)
+    assert all(row["relative_norm"] for row in report.rows), "the run's own base is its base"
+    assert report.about["base"] == str(tmp_path / "base.safetensors")
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+def test_places_are_read_from_names():
+    bert = [f"encoder.layer.3.{t}" for t in
+            ("attention.self.query", "attention.output.dense", "output.dense")]  # fmt: skip
+    assert list(places_of([*bert, "pooler.dense", "embed"]).values()) == [
+        (3, "query"),
+        (3, "attention.output.dense"),
+        (3, "output.dense"),
+        (None, "pooler.dense"),
+        (None, "embed"),
+    ]
+    moe = [f"model.layers.7.mlp.experts.{i}.w1" for i in range(2)]
+    assert set(places_of(moe).values()) == {(7, "w1")}
+    t5 = ["encoder.block.2.q", "decoder.block.2.q"]
+    assert list(places_of(t5).values()) == [(2, "encoder.q"), (2, "decoder.q")]
+    assert places_of(["0", "mlp.2", ""]) == {"0": (0, "layer"), "mlp.2": (2, "mlp"), "": (None, "")}
+
+
+def test_every_column_has_a_meaning():
+    for name in COLUMNS:
+        assert meaning(name) and head(name) and title(name)
+    assert head("participation_ratio") == "particip." and head("gini_ratio") == "Gini/null"
+    assert len(set(COLUMNS)) == len(COLUMNS) and "participation" not in COLUMNS
+    with pytest.raises(KeyError):
+        meaning("nothing")
+
+
+# -- formats ---------------------------------------------------------------------------------------
+
+HOSTILE = 'a|b\n\x1b[31m<script>$x$\u4e2d,"'
+
+
+@pytest.fixture
+def report(net, train_a_little):
+    return sa.spectra.analyze(train_a_little(sa.adapt(net, sa.LoRA(rank=4)), scale=0.3))
+
+
+def strict(text):
+    """JSON without NaN and Infinity."""
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_json_csv_markdown_pandas(report, tmp_path):
+    report.rows[0]["condition"] = math.inf
+    report.to_json(tmp_path / "r.json")
+    found = strict((tmp_path / "r.json").read_text())
+    assert found["schema"] == 1 and found["torch"] == torch.__version__
+    assert {"conventions", "structadapt", "files", "method", "skipped"} <= found.keys()
+    assert found["rows"][0]["condition"] is None
+    rest = [{**row, "shape": list(row["shape"])} for row in report.rows[1:]]
+    assert found["rows"][1:] == rest
+    report.to_csv(tmp_path / "r.csv")
+    with open(tmp_path / "r.csv", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [r["name"] for r in read] == [r["name"] for r in report.rows]
+    assert tuple(read[0]) == COLUMNS and read[0]["shape"] == "32x32"
+    assert float(read[0]["stable_rank"]) == report.rows[0]["stable_rank"]
+    assert read[0]["sparsity"] == ""
+    lines = report.to_markdown().splitlines()
+    assert len(lines) == 2 + len(report.rows) and len({line.count("|") for line in lines}) == 1
+    assert "sparsity" not in lines[0] and "effective_rank_ratio" in lines[0]
+    pandas = pytest.importorskip("pandas")
+    frame = report.to_pandas()
+    assert isinstance(frame, pandas.DataFrame) and tuple(frame.columns) == COLUMNS
+    assert frame["stable_rank"].tolist() == [row["stable_rank"] for row in report.rows]
+
+
+def test_saved_and_loaded(report, tmp_path):
+    report.rows[0]["name"] = HOSTILE
+    report.spectra[HOSTILE] = report.spectra.pop("blocks.0.attn")
+    report.save(tmp_path / "saved")
+    report.save(tmp_path / "saved")  # over an older one
+    again = Report.load(tmp_path / "saved")
+    assert (again.rows, again.skipped, again.notes) == (report.rows, report.skipped, report.notes)
+    assert again.about == json.loads(json.dumps(report.about))
+    for name, s in report.spectra.items():
+        np.testing.assert_array_equal(again.spectra[name], s)
+    path = tmp_path / "saved" / "report.json"
+    for text in (path.read_text().replace('"schema": 1', '"schema": 2'), "{}", "[]", "{"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="holds no report that can be read"):
+            Report.load(tmp_path / "saved")
+    with pytest.raises(FileNotFoundError):
+        Report.load(tmp_path / "nowhere")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").write_text("kept")
+    with pytest.raises(FileExistsError, match="mine"):
+        report.save(tmp_path / "other")
+    with pytest.raises(KeyError, match="near: blocks.0.up"):
+        report.spectrum("0.up")
+
+
+def test_summary_is_that_of_numpy(report):
+    by_type = {entry["module_type"]: entry for entry in report.summary()}
+    assert set(by_type) == {"attn", "up", "down"}
+    values = [r["stable_rank"] for r in report.rows if r["module_type"] == "up"]
+    found = by_type["up"]["stable_rank"]
+    assert by_type["up"]["count"] == 2
+    assert found["median"] == np.median(values) and found["low"] == min(values)
+    assert found["q25"] == pytest.approx(np.quantile(values, 0.25))
+    assert [entry["layer"] for entry in report.summary(by="layer")] == [0, 1]
+    with pytest.raises(KeyError, match="is no column"):
+        report.summary(by="colour")
+
+
+# -- findings --------------------------------------------------------------------------------------
+
+
+def row_of(**values):
+    row = dict.fromkeys(COLUMNS)
+    row.update(name="l", kind="update", shape=(64, 64), max_rank=16, status="ok", reason="")
+    return {**row, "frobenius_norm": 1.0, "module_type": "l", "precision": "p", **values}
+
+
+@pytest.mark.parametrize(
+    "values, kinds",
+    [
+        ({"topk_energy": 0.49, "relative_spectral": 0.99, "intruders": 0}, []),
+        ({"topk_energy": 0.5}, ["concentrated"]),
+        ({"topk_energy": 0.9, "max_rank": 2}, []),  # a rank of two has half in one, always
+        ({"topk_energy": 0.9, "kind": "weight"}, []),
+        ({"relative_spectral": 1.0}, ["oversized"]),
+        ({"topk_energy": 0.6, "relative_spectral": 1.5}, ["collapsed"]),
+        ({"intruders": 1}, ["intruders"]),
+        ({"effective_rank": 20.0, "effective_rank_cut": 8.0, "rank_above_noise": 9}, ["rounding"]),
+        ({"effective_rank": 20.0, "effective_rank_cut": 11.0, "rank_above_noise": 12}, []),
+        ({"status": "skipped", "reason": "l is not finite: 1 NaN"}, ["nonfinite"]),
+    ],
+)
+def test_findings(values, kinds):
+    found = sa.spectra.findings(Report([row_of(**values)]))
+    assert [f.kind for f in found] == kinds and all(f.evidence for f in found)
+    assert set(kinds) <= set(RULES)
+
+
+def test_thresholds_and_what_fails():
+    report = Report([row_of(topk_energy=0.6, relative_spectral=1.5), row_of(topk_energy=0.7)])
+    found = sa.spectra.findings(report)
+    assert [f.kind for f in found] == ["collapsed", "concentrated"], "the worst first"
+    assert len(failing(found, ["concentrated"])) == 2 and len(failing(found, ["oversized"])) == 1
+    assert not failing(found, ["intruders"]) and len(failing(found, ["any"])) == 2
+    both = Report([row_of(topk_energy=0.9, kind=kind) for kind in ("direction", "effective")])
+    assert [f.kind for f in sa.spectra.findings(both)] == ["concentrated"], "once a module"
+    high = sa.spectra.Limits(concentrated=0.65, oversized=2.0)
+    assert [f.kind for f in sa.spectra.findings(report, high)] == ["concentrated"]
+    with pytest.raises(ValueError, match="no finding 'bad'"):
+        failing(found, ["bad"])
+
+
+# -- screens ---------------------------------------------------------------------------------------
+
+
+def test_the_screen_has_coverage_then_the_worst_then_types(report):
+    report.skipped.append(
+        {
+            "name": "lm_head",
+            "shape": (9, 9),
+            "dtype": "float8_e4m3fn",
+            "source": "",
+            "reason": "fp8",
+        }
+    )
+    text = tables.screen(report, sa.spectra.findings(report))
+    lines = text.splitlines()
+    assert "coverage: 6 of 7 matrices" in lines and incomplete(report)
+    assert any(line.startswith("  left out: lm_head (9x9)") and "fp8" in line for line in lines)
+    places = [text.index(w) for w in ("coverage", "left out", "worst of 6", "by module type")]
+    assert places == sorted(places)
+    assert "\x1b" not in text and "\x1b[1m" in tables.screen(report, [], colour=True)
+    (line,) = [line for line in lines if line.startswith("  up ")]
+    values = [r["topk_energy"] for r in report.rows if r["module_type"] == "up"]
+    assert f"{np.median(values):.3g}" in line and f"{max(values):.3g} L" in line
+    order = [r["name"] for r in sorted(report.rows, key=lambda r: r["participation_ratio_ratio"])]
+    first = lines.index("updates: worst of 6") + 2
+    assert [line.split()[0] for line in lines[first : first + 5]] == order[:5]
+
+
+def test_names_of_strangers_stay_on_their_line():
+    row = row_of(name=HOSTILE, module_type=HOSTILE, topk_energy=0.9, reason=HOSTILE)
+    report = Report([row], [], [HOSTILE], {HOSTILE: np.ones(16)}, {"source": HOSTILE})
+    found = sa.spectra.findings(report)
+    text = tables.screen(report, found)
+    assert "\x1b" not in text and "b\n" not in text
+    assert len(report.to_markdown().splitlines()) == 3
+    assert "a\\|b" in report.to_markdown()
+
+
+def test_maturity_is_medians_without_a_verdict(net, report):
+    with pytest.raises(ValueError, match="this source has none"):
+        maturity.frozen_weights(report)
+    torch.manual_seed(0)
+    weights = sa.spectra.analyze(
+        nn.ModuleList(nn.ModuleDict({"up": nn.Linear(40, 24)}) for _ in "abc")
+    )
+    (entry,) = maturity.frozen_weights(weights)
+    values = [row["alpha_median_ratio"] for row in weights.rows]
+    assert (entry["module_type"], entry["count"]) == ("up", 3)
+    assert entry["alpha_median_ratio"]["median"] == np.median(values)
+    text = "\n".join(maturity.lines([entry]))
+    assert "24x40" in text and f"{np.median(values):.3g}" in text
+    for word in ("over", "under", "trained", "mature", "good", "bad", "ready"):
+        assert word not in text.lower().replace("others", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_goes_up_to_one_and_shows_on_a_terminal_alone(net):
+    told = []
+    sa.spectra.analyze(net, workers=2, progress=lambda *what: told.append(what))
+    assert [t[0] for t in told] == list(range(1, 9)) and {t[1] for t in told} == {8}
+    shares = [t[2] for t in told]
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
+    quiet, terminal = io.StringIO(), Terminal()
+    for stream in (quiet, terminal):
+        meter = Meter(stream)
+        meter.began -= 30
+        meter.last -= 1
+        meter(1, 4, 0.25, "layers.0.q\x1b[31m")
+        meter.close()
+    assert not quiet.getvalue()
+    shown = terminal.getvalue()
+    assert "1/4   25%" in shown and "1 min 30 s left" in shown and shown.endswith("\r\x1b[K")
+    assert "\x1b[31m" not in shown
+    assert flops((4096, 14336)) > 3 * flops((4096, 4096)) / 2 and flops((64, 64), 4) < flops(
+        (64, 64)
+    )
+    assert [duration(s) for s in (3.2, 90, 3720)] == ["3 s", "1 min 30 s", "1 h 2 min"]
+
+
+# -- pictures and the page -------------------------------------------------------------------------
+
+
+def is_png(path):
+    data = path.read_bytes()
+    return data.startswith(b"\x89PNG") and len(data) > 5_000
+
+
+def many(layers=32, seed=0):
+    """A report of 224 small matrices of seven types."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"q": (12, 12), "k": (4, 12), "v": (4, 12), "o": (12, 12), "gate": (30, 12),
+              "up": (30, 12), "down": (12, 30)}  # fmt: skip
+    state = {
+        f"model.layers.{i}.{name}.weight": torch.randn(shape, generator=generator)
+        for i in range(layers)
+        for name, shape in shapes.items()
+    }
+    return sa.spectra.analyze(state)
+
+
+def test_pictures_of_one_some_and_many(report, tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    one = Report(report.rows[:1], [], [], report.spectra, report.about)
+    for name, some in (("one", one), ("six", report), ("many", many())):
+        paths = plots.draw(some, tmp_path / name)
+        assert [p.name for p in paths] == ["singular_values.png", "energy.png", "heatmap.png"]
+        assert all(map(is_png, paths))
+    assert dict(matplotlib.rcParams) == before
+    zero = sa.spectra.analyze({"l.weight": torch.zeros(5, 4)})
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.draw(zero, tmp_path / "zero")
+    report.rows[0].update(name=HOSTILE, module_type=HOSTILE)
+    report.spectra[HOSTILE] = report.spectra["blocks.0.attn"]
+    assert all(map(is_png, plots.draw(report, tmp_path / "hostile")))
+
+
+def test_the_noise_edge_and_random_matrices_are_in_the_picture(tmp_path):
+    W, _ = random_pair((60, 40), size=0)
+    W = W.bfloat16()
+    tuned = (W.float() + 0.01).bfloat16()
+    report = sa.spectra.analyze({"l.weight": tuned}, {"l.weight": W})
+    path = tmp_path / "s.svg"
+    plots.singular_values(report, path)
+    figure = path.read_text()
+    assert "noise edge of rounding" in figure and "random, same shapes" in figure
+
+
+def test_many_types_are_drawn_below_each_other(tmp_path):
+    """So that the numbers in the cells can be read in a page."""
+    state = {f"layers.{i}.type_{j}.weight": torch.randn(6, 5) for i in range(3) for j in range(14)}
+    report = sa.spectra.analyze(state)
+    data = plots.heatmap({"": report}, tmp_path / "h.png").read_bytes()
+    width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
+    assert width < 14 * 120 and height > width / 2
+
+
+def test_training_curves(tmp_path):
+    log, picture = tmp_path / "monitor.jsonl", tmp_path / "t.png"
+    for text in ("", "{", '{"step": 1}', "[]"):
+        log.write_text(text)
+        with pytest.raises(ValueError, match="holds no reading of a monitor"):
+            plots.training(log, picture)
+    names = ("participation_ratio", "topk_energy", "relative_norm")
+    records = [
+        {"step": i, "state": state, "bands": {name: [0.1 * i, 0.2, None] for name in names}}
+        for i, state in enumerate(["healthy", "healthy", "concentrated"])
+    ]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"torn')
+    assert is_png(plots.training(log, picture))
+
+
+def test_the_page_holds_all_and_fetches_nothing(report, tmp_path):
+    report.rows[0].update(name=HOSTILE)
+    report.spectra[HOSTILE] = report.spectra["blocks.0.attn"]
+    path = tmp_path / "r.html"
+    page.write(report, path, sa.spectra.findings(report), ["frozen <b>"])
+    text = path.read_text()
+    assert text.count('src="data:image/png;base64,') == 3 and text.count("src=") == 3
+    for word in ("http:", "https:", "<script", "href=", "url(", "@import", "<b>", "\x1b"):
+        assert word not in text, word
+    assert "&lt;script&gt;" in text and "Coverage: 6 of 6 matrices" in text
+    for row in report.rows[1:]:
+        assert row["name"] in text
+    for column in MEASURES:
+        if report.rows[0][column.name] is not None:
+            assert column.name in text
+
+
+# -- comparisons -----------------------------------------------------------------------------------
+
+
+def test_several_on_one_scale(net, tmp_path, train_a_little):
+    base, models = copy.deepcopy(net), {}
+    for rank in (2, 8):
+        model = sa.adapt(
+            copy.deepcopy(base), sa.LoRA(rank=rank), "blocks.*" if rank == 2 else "attn"
+        )
+        models[f"r={rank}"] = train_a_little(model, scale=0.2)
+    comparison = sa.spectra.compare(models, relations=False)
+    names = {"blocks.0.attn", "blocks.1.attn"}
+    assert comparison.shared() == names
+    assert any("medians are over the 2 matrices" in note for note in comparison.notes)
+    small, large = comparison.rows()
+    values = [r["effective_rank"] for r in comparison.reports["r=2"].rows if r["name"] in names]
+    assert (small["name"], small["count"]) == ("r=2", 2)
+    assert small["effective_rank"]["median"] == pytest.approx(np.median(values))
+    assert large["effective_rank"]["median"] > small["effective_rank"]["median"]
+    table = comparison.to_markdown().replace("\\|", "").splitlines()[:4]
+    assert table[3].startswith("| r=8 | update | 2 |")
+    assert len({line.count("|") for line in table}) == 1
+    assert all(map(is_png, comparison.plot(tmp_path)))
+    other = sa.spectra.compare({"factors": models["r=2"], "stored": models["r=8"].state_dict()})
+    assert any("came about in different ways" in note for note in other.notes)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        sa.spectra.compare({})
+    with pytest.raises(ValueError, match="no matrix is in all of"):
+        sa.spectra.compare({"a": {"x.weight": torch.eye(3)}, "b": {"y.weight": torch.eye(3)}})
