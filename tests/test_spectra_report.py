@@ -543,6 +543,7 @@ def many(layers=32, seed=0):
     return sa.spectra.analyze(state)
 
 
+@pytest.mark.slow
 def test_pictures_of_one_some_and_many(report, tmp_path):
     import matplotlib
 
