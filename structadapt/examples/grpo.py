@@ -231,18 +231,18 @@ class Run:
                     steps.append({**asdict(record), "held_out": held_out})
                     log.write(json.dumps(steps[-1]) + "\n")
                     log.flush()
-                    if monitor:
-                        monitor.to_jsonl(self.out / "monitor.jsonl")
                     progress.step(steps[-1], total)
                     if look or interrupted():
-                        self._save()
+                        self._save(monitor)
                     record = None if interrupted() else next(run, None)
         except FloatingPointError as error:  # not finite: a gradient, or the logits
             failure = str(error)
+        monitoring.write(monitor, self.out)
         progress.close()
         return steps, failure
 
-    def _save(self) -> None:
+    def _save(self, monitor: sa.spectra.Monitor | None = None) -> None:
+        monitoring.write(monitor, self.out)
         if self.adapter is not None:
             sa.save(self.model, self.out / "adapter.safetensors")
         else:

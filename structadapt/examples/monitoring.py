@@ -1,5 +1,6 @@
 """The spectral monitor in the example."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,12 @@ import structadapt as sa
 def watch(model: nn.Module, every: int, full: bool) -> sa.spectra.Monitor | None:
     """A monitor of the model, or None for every = 0. `full`: all the weights train."""
     return sa.spectra.Monitor(model, every, snapshots=full) if every else None
+
+
+def write(monitor: sa.spectra.Monitor | None, out: Path) -> None:
+    """Every reading so far to monitor.jsonl."""
+    if monitor is not None:
+        monitor.to_jsonl(out / "monitor.jsonl")
 
 
 def history(monitor: sa.spectra.Monitor | None) -> list[dict[str, Any]]:
