@@ -523,6 +523,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS.name}")
     options = parser.parse_args()
     if not options.table:
+        capability = torch.backends.cpu.get_cpu_capability()
+        if capability in ("DEFAULT", "AVX2") and not options.smoke and "fp32" not in options.only:
+            parser.error(  # there a bf16 product takes 400 times as long as one in fp32
+                f"torch has no bf16 matrix product for this processor ({capability}): "
+                "use one with AVX-512, or --only fp32"
+            )
         results = measure(options.smoke, options.only)
         if not (options.smoke or options.only) or options.out != RESULTS:
             options.out.parent.mkdir(parents=True, exist_ok=True)
