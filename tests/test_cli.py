@@ -267,6 +267,8 @@ def told(out):
     times = ("tokens_per_second", "rollout_seconds", "update_seconds")
     summary = json.loads((out / "summary.json").read_text())
     summary = {k: v for k, v in summary.items() if k not in ("seconds", "peak_memory_mib")}
+    for row in summary["spectra"]:
+        del row["seconds"]
     files = [out / "adapter.safetensors", out / "model.safetensors"]
     weights = [file.read_bytes() for file in files if file.exists()]
     return weights, summary, [{k: v for k, v in s.items() if k not in times} for s in lines]
