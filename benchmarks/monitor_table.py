@@ -9,7 +9,8 @@ A run is that of `structadapt grpo` (64 prompts x 8 completions a step, four upd
 rate falling linearly to 0) with 4096 prompts: 64 steps. The JSON holds what the monitor measured of
 every layer after every step; states come from it by `spectra.states`, so that other thresholds can
 be tried without another run. The reward died at the step from which on it stays below a tenth of
-what it was at step 0 (more than three steps to the end). A run whose rewards were all equal for
+what it was at step 0 (more than three steps to the end); any other lived, and the words name those
+of them whose reward ended below half of its first. A run whose rewards were all equal for
 eight steps in a row is stopped there.
 """
 
@@ -205,7 +206,7 @@ def words(results: dict[str, Any]) -> str:
     runs = results["runs"]
     died = [run for run in runs if run["died_at"] is not None]
     lived = [run for run in runs if run["died_at"] is None]
-    lines = [f"- {len(runs)} runs; the reward died in {len(died)}."]
+    lines = [f"- {fates(runs)}"]
     for every in (1, 10):
         for worse in (states.ALARMS, states.ALARMS[1:]):
             at = {id(run): first_of(worse, verdict(run, Thresholds(), every)) for run in runs}
@@ -222,6 +223,18 @@ def words(results: dict[str, Any]) -> str:
     calm = [run for run in lived if verdict(run, Thresholds())["last"] not in states.ALARMS]
     lines.append(f"- Of the {len(lived)} that lived {len(calm)} end without an alarm.")
     return "\n".join(lines)
+
+
+def fates(runs: list[dict[str, Any]]) -> str:
+    """How many died and how many lived, and which of these lost most of their reward."""
+    lived = [run for run in runs if run["died_at"] is None]
+    lost = [run for run in lived if run["reward"][-1] < run["reward"][0] / 2]
+    named = [f"{names_of([r])}: {r['reward'][0]:.2f} to {r['reward'][-1]:.2f}" for r in lost]
+    return (
+        f"{len(runs)} runs; the reward died in {len(runs) - len(lived)}. The other {len(lived)} "
+        f"count as lived; of these the reward still fell by more than half, from first to last, in "
+        f"{len(lost)}{' (' * bool(lost)}{'; '.join(named)}{')' * bool(lost)}."
+    )
 
 
 def first_of(worse: tuple[str, ...], found: dict[str, Any]) -> int | None:

@@ -1,10 +1,12 @@
 """The monitor: its numbers against singular value decompositions, its states against histories."""
 
 import copy
+import importlib.util
 import json
 import math
 import random
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,6 +136,9 @@ def test_degenerate_factors():
     assert moments.of_factors(B, A).eq(0).all()
     B[1, 0, 0] = 2.0  # A has rank 1, so has B A
     np.testing.assert_allclose(moments.of_factors(B, A)[:, 1], [28, 1, 1], rtol=1e-9)
+    none = moments.of_factors(torch.ones(2, 5, 3), torch.stack([torch.zeros(3, 7), A[1]]))
+    np.testing.assert_allclose(none, [[0, 315], [0, 1], [0, 1]], rtol=1e-9)
+    assert moments.of_factors(torch.full((5, 3), math.nan), torch.zeros(3, 7))[0].isnan()
     B[0, 0, 0] = math.nan
     assert moments.of_factors(B, A)[:, 0].isnan().all()
     tiny = moments.of_factors(1e-18 * torch.eye(4), torch.eye(4), 2.0)
@@ -159,6 +164,44 @@ def test_full_weights_are_named_or_watched_by_a_snapshot():
     model.layers[1].weight.requires_grad_()
     assert "snapshots=True" in Monitor(model).not_watched["layers.1.weight"]
     assert len(Monitor(model, snapshots=True).updates) == 2
+
+
+def test_frozen_adapters_are_named_and_count_in_no_share():
+    model = sa.adapt(Layers(SHAPES[:3]), sa.LoRA(2))
+    for layer in model.layers[1:]:
+        layer.A.requires_grad_(False)
+        layer.B.requires_grad_(False)
+    model.layers[2].B.requires_grad_()  # half of one trains: it does
+    monitor = Monitor(model, every=1)
+    assert [update.name for update in monitor.updates] == ["layers.0", "layers.2"]
+    assert monitor.not_watched == {"layers.1": "its adapter is frozen"}
+    with torch.no_grad():
+        model.layers[0].B.fill_(9.0)
+    assert monitor.step().state == "collapsed", "one of two is half"
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="every adapter is frozen"):
+        Monitor(model)
+
+
+def test_adapters_that_come_later_are_named_with_one_warning():
+    model = sa.adapt(Layers(SHAPES[:4]), sa.LoRA(2), target=["layers.0", "layers.1", "layers.2"])
+    for tensor in model.layers[2].trained_tensors():
+        tensor.requires_grad_(False)
+    monitor = Monitor(nn.Sequential(model), every=2)
+    monitor.step()
+    monitor.step()  # and no warning, which would be an error
+    assert monitor.not_watched == {"0.layers.2": "its adapter is frozen"}
+    sa.adapt(model, sa.LoRA(2), target="layers.3")  # lets the frozen one train as well
+    model.layers[0] = copy.deepcopy(model.layers[0])
+    model.layers[1] = nn.Linear(61, 5)
+    assert monitor.step() is None
+    with pytest.warns(UserWarning, match=r"not watch 0\.layers\.0, 0\.layers\.1, .* and 1 more"):
+        assert [row.name for row in monitor.step().rows] == ["0.layers.0", "0.layers.1"]
+    assert monitor.not_watched.keys() == {f"0.layers.{i}" for i in range(4)}
+    assert "left the model" in monitor.not_watched["0.layers.1"]
+    assert all("replaced" in monitor.not_watched[f"0.layers.{i}"] for i in (0, 2, 3))
+    monitor.step()
+    assert monitor.step() is not None  # said once
 
 
 # -- what it leaves alone --------------------------------------------------------------------------
@@ -298,6 +341,54 @@ def test_the_reward_holds_a_state_and_confirms_it():
     assert history(calm[0], (1.5, 0.5, 0.3), limits=some, rewards=[0.2, 0.0])[1] == "collapsed"
 
 
+@pytest.mark.parametrize("reward", [-1.0, 0.0])
+def test_rewards_that_are_not_positive_hold_and_confirm_nothing(reward):
+    jump, calm = (1.0, 0.5, 0.3), [(1.0 + 0.01 * i, 0.5, 0.3) for i in range(1, 20)]
+    same = [reward] * 20
+    assert history(jump, *calm, rewards=same) == history(jump, *calm)
+    assert history(jump, *calm, rewards=same)[-1] == "healthy"
+    some = Thresholds(collapsed_speed=9.0)
+    assert history(jump, limits=some, rewards=same) == ["collapsing"]
+
+
+def over_zeros(*which):
+    """LoRA over three layers, some of which have a weight of zeros."""
+    model = Layers(SHAPES[:3])
+    with torch.no_grad():
+        for i in which:
+            model.layers[i].weight.zero_()
+    return sa.adapt(model, sa.LoRA(2))
+
+
+def test_an_adapter_over_a_weight_of_zeros_is_not_judged():
+    model = over_zeros(0, 2)
+    monitor = Monitor(model, every=1)
+    for size in (0.0, 1e-3, 1e-3):
+        moved(model, size)
+        reading = monitor.step()
+        assert [row.state for row in reading.rows] == ["not judged", "healthy", "not judged"]
+        assert reading.state == "healthy" and "of 1 modules" in reading.evidence
+        for name in states.MEASURES:
+            assert reading.bands[name] == pytest.approx((getattr(reading.rows[1], name),) * 3)
+    assert math.isinf(reading.rows[0].relative_norm)
+    with torch.no_grad():
+        model.layers[0].B[0, 0] = math.nan
+        model.layers[1].B.fill_(9.0)
+    reading = monitor.step()
+    assert [row.state for row in reading.rows] == ["collapsed", "collapsed", "not judged"]
+    assert reading.state == "collapsed" and "2 of 2 modules" in reading.evidence
+
+
+def test_with_no_weight_to_compare_with_there_is_no_alarm():
+    model = over_zeros(0, 1, 2)
+    monitor = Monitor(model, every=1)
+    moved(model)
+    reading = monitor.step()
+    assert reading.state == "healthy" and "no module is judged" in reading.evidence
+    json.dumps(reading.to_dict(), allow_nan=False)
+    assert set(reading.to_dict()["bands"]["relative_norm"]) == {None}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_is_collapsed(value):
     model = moved(sa.adapt(Layers(), sa.LoRA(2)))
@@ -424,3 +515,20 @@ def test_a_run_with_other_observers_is_another_one(tmp_path):
         ValueError, match=r'its observers is \["Monitor"\], and here \["Monitor", "M'
     ):
         next(steps)
+
+
+# -- what the documentation says of runs -----------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_run_that_lived_but_lost_its_reward_is_named():
+    path = ROOT / "benchmarks" / "monitor_table.py"
+    spec = importlib.util.spec_from_file_location("monitor_table", path)
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    runs = json.loads((ROOT / "docs" / "results" / "monitor.json").read_text())["runs"]
+    said = table.fates(runs)
+    assert "in 1 (LoRA r=256, lr 5e-4, seed 0: 0.23 to 0.04)" in said
+    assert f"- {said}\n" in (ROOT / "docs" / "monitor.md").read_text()
+    assert table.fates([run for run in runs if "256" not in run["setting"]]).endswith("in 0.")

@@ -56,8 +56,9 @@ def of_factors(B: Tensor, A: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     size = G.diagonal(dim1=-2, dim2=-1).sum(-1)
     # A's rows may depend on each other; an inner edge of this size moves nothing that is reported.
     edge = torch.where(size == 0, 1.0, size * 1e-14)[..., None, None]
-    L = torch.linalg.cholesky_ex(G + edge * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device))
-    core = L.L.mT @ (B.mT @ B) @ L.L
+    inner = G + edge * torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+    L = torch.linalg.cholesky_ex(inner).L * (size != 0)[..., None, None]  # 0 for A = 0
+    core = L.mT @ (B.mT @ B) @ L
     return _scaled(of_core(core), scale)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from structadapt.adapted import sharded_as
 from structadapt.files import write_atomically
 from structadapt.spectra import states, updates
-from structadapt.spectra.states import MEASURES, Judge, Row, Thresholds
+from structadapt.spectra.states import MEASURES, NOT_JUDGED, Judge, Row, Thresholds
 
 ROWS_KEPT = 20_000  # of the history; older readings keep medians and bands
 Check = tuple[int, Tensor, Any, Any, Any]  # step, values, what to wait for, reward, kl
@@ -26,8 +27,8 @@ class Reading:
     """What one check found.
 
     A reading is of the moment after the call of `Monitor.step` with number `step`, counted from 0.
-    `bands` has the 10 % quantile, median and 90 % quantile over the modules of each measure of
-    `states.MEASURES`. `rows` has the modules one by one; old readings in a history have none.
+    `bands` has the 10 % quantile, median and 90 % quantile over the judged modules of each measure
+    of `states.MEASURES`. `rows` has the modules one by one; old readings in a history have none.
     """
 
     step: int
@@ -67,8 +68,9 @@ class Monitor:
     model: adapted, perhaps wrapped or sharded. Watched are the updates of its adapters: LoRA from
         its factors; DoRA's direction s B A from its factors, with the drift of the magnitudes
         beside it; QuanTA by seeded probes that go through the gates (exactly where a side is at
-        most 256); any other adapter from its dense direction. `not_watched` names the other
-        parameters that train, and why not.
+        most 256); any other adapter from its dense direction. `not_watched` names frozen adapters
+        and the other parameters that train, and why not. What is watched is settled here: of
+        adapters added, replaced or unfrozen later the next check warns, once, and names them there.
     every: check after so many calls of `step`; calls between checks do nothing.
     thresholds: where the states begin (see `states.Thresholds`).
     snapshots: keep a copy of every matrix that trains without an adapter, and watch its change.
@@ -98,8 +100,11 @@ class Monitor:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         self.every, self.delayed = every, any(p.is_cuda for p in model.parameters())
+        self._model = model
         self.updates, self.not_watched = updates.find(model, snapshots)
         if not self.updates:
+            if updates.FROZEN in self.not_watched.values():
+                raise ValueError("nothing to watch: every adapter is frozen; let one train first")
             raise ValueError(
                 "nothing to watch: the model has no adapted layer; call structadapt.adapt or load "
                 "first, or pass snapshots=True to watch the matrices that train by themselves"
@@ -127,6 +132,7 @@ class Monitor:
         step, self._steps = self._steps, self._steps + 1
         if self._steps % self.every:
             return None
+        self._note_unseen()
         return self._next((step, *_to_host(self._measure()), reward, kl))
 
     def after(self, step: _Step) -> Sequence[str]:
@@ -155,6 +161,18 @@ class Monitor:
             self.history[old] = replace(self.history[old], rows=())
         return reading
 
+    def _note_unseen(self) -> None:
+        """Adapters that came or went since the start, into `not_watched`; warns of new ones."""
+        unseen = updates.unseen(self._model, self.updates)
+        new = [name for name, why in unseen.items() if self.not_watched.get(name) != why]
+        self.not_watched.update(unseen)
+        if new:
+            named = ", ".join(new[:3]) + (f" and {len(new) - 3} more" if new[3:] else "")
+            warnings.warn(
+                f"the monitor does not watch {named}: {unseen[new[0]]} (see not_watched)",
+                stacklevel=3,
+            )
+
     @torch.inference_mode(False)
     def _measure(self) -> Tensor:
         with torch.autocast(self.updates[0].tensors[0].device.type, enabled=False):
@@ -166,7 +184,8 @@ class Monitor:
 
     def _read(self, step: int, values: Tensor, reward: float | None, kl: float | None) -> Reading:
         rows, state, evidence = self.judge.look(self._rows(values), reward)
-        bands = {name: states.band([getattr(row, name) for row in rows]) for name in MEASURES}
+        judged = [row for row in rows if row.state != NOT_JUDGED]
+        bands = {name: states.band([getattr(row, name) for row in judged]) for name in MEASURES}
         return Reading(step, state, evidence, bands, rows, reward, kl)
 
     # -- keeping -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 
 STATES = ("healthy", "concentrated", "collapsing", "collapsed")
 ALARMS = ("collapsing", "collapsed")
+NOT_JUDGED = "not judged"  # of a module beside whose weight nothing can be measured
 MEASURES = (
     "participation_ratio", "of_null", "topk_energy", "relative_norm", "relative_spectral",
 )  # fmt: skip
@@ -51,15 +52,17 @@ class Row:
     relative_spectral: float  # s_1(dW) / s_1(W)
     magnitude_mean: float  # of DoRA: mean and largest |m / |W|_row - 1|
     magnitude_max: float
-    state: str = "healthy"
+    state: str = "healthy"  # one of STATES, or NOT_JUDGED over a W of zeros
 
 
 def row_of(update: Any, base: Any, F: float, D_2: float, p_1: float, *drift: float) -> Row:
     """A row of an `updates.Update` and its `updates.Base`, from what `updates.measure` found."""
     norm, top = math.sqrt(F), math.sqrt(F * p_1)
+    state = "healthy" if base.frobenius and base.spectral else NOT_JUDGED
     return Row(
         update.name, update.shape, update.kind, D_2, D_2 / update.null, p_1,
         _ratio(norm, base.frobenius), _ratio(top, base.spectral), drift[0], drift[1],
+        state,
     )  # fmt: skip
 
 
@@ -68,7 +71,9 @@ def _ratio(size: float, base: float) -> float:
 
 
 def band(values: Sequence[float]) -> tuple[float, float, float]:
-    """10 % quantile, median and 90 % quantile."""
+    """10 % quantile, median and 90 % quantile; NaN of no values."""
+    if not values:
+        return math.nan, math.nan, math.nan
     with np.errstate(invalid="ignore"):  # inf - inf
         low, middle, high = np.quantile(np.asarray(values, dtype=np.float64), (0.1, 0.5, 0.9))
     return float(low), float(middle), float(high)
@@ -118,22 +123,28 @@ class Judge:
     def look(
         self, rows: Sequence[Row], reward: float | None = None
     ) -> tuple[tuple[Row, ...], str, str]:
-        """The rows with their states, the model's state, and one sentence that says why."""
+        """The rows with their states, the model's state, and one sentence that says why.
+
+        What is not judged has no part in the model's state. The reward counts where its highest is
+        above 0: a tenth of a number that is not positive says nothing.
+        """
         whys: dict[str, str] = {}
-        judged = []
+        seen = []
         for row in rows:
-            past = self.modules[row.name]
-            said, why = said_of(past, row, self.every, self.limits)
-            judged.append(replace(row, state=past.settle(said, self.limits)))
-            whys[row.name] = why
+            if row.state != NOT_JUDGED or not _finite(row.participation_ratio, row.topk_energy):
+                past = self.modules[row.name]
+                said, whys[row.name] = said_of(past, row, self.every, self.limits)
+                row = replace(row, state=past.settle(said, self.limits))
+            seen.append(row)
+        judged = [row for row in seen if row.state != NOT_JUDGED]
         said = said_of_model(judged, self.limits)
         if reward is not None:
             self.best_reward = max(self.best_reward, reward)
-            if reward < self.best_reward / 10:  # no better than before, and dead if it was near it
-                said = max(said, self.state, key=STATES.index)
-                said = "collapsed" if said == "collapsing" else said
+            if self.best_reward > 0 and reward < self.best_reward / 10:
+                said = max(said, self.state, key=STATES.index)  # no better than before,
+                said = "collapsed" if said == "collapsing" else said  # and dead if it was near it
         self.state = said
-        return tuple(judged), said, _evidence(judged, said, whys)
+        return tuple(seen), said, _evidence(judged, said, whys)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is remembered, as dicts, lists, numbers and texts."""
@@ -149,8 +160,8 @@ class Judge:
 def said_of(past: Past, row: Row, every: int, limits: Thresholds) -> tuple[str, str]:
     """What one check says of a module by itself, and why; `past` goes one check on."""
     size, before = row.relative_spectral, past.sizes[-1]
-    if not all(map(math.isfinite, (row.topk_energy, row.relative_norm, row.participation_ratio))):
-        return "collapsed", "its update is not finite, or its weight is 0"
+    if not _finite(row.topk_energy, row.relative_norm, row.participation_ratio):
+        return "collapsed", "its update, or its weight, is not finite"
     past.sizes = [*past.sizes, size][-2:]
     if size == before and past.recent:  # nothing moved, so nothing can be better than it was
         return past.recent[-1], f"its update stands still at {size:.2g} times its weight"
@@ -177,16 +188,23 @@ def said_of(past: Past, row: Row, every: int, limits: Thresholds) -> tuple[str, 
     return "healthy", f"its update is {size:.2g} times its weight"
 
 
+def _finite(*values: float) -> bool:
+    return all(map(math.isfinite, values))
+
+
 def said_of_model(rows: Sequence[Row], limits: Thresholds) -> str:
-    """The worst state that enough of the modules have, or a worse one."""
+    """The worst state that enough of the modules have, or a worse one; "healthy" of none."""
     for rank in range(len(STATES) - 1, 0, -1):
-        if sum(STATES.index(row.state) >= rank for row in rows) >= limits.share * len(rows):
+        worse = sum(STATES.index(row.state) >= rank for row in rows)
+        if worse and worse >= limits.share * len(rows):
             return STATES[rank]
     return STATES[0]
 
 
 def _evidence(rows: Sequence[Row], state: str, whys: dict[str, str]) -> str:
     """How many modules, and the worst of them."""
+    if not rows:
+        return "no module is judged: their weights are 0, so there is nothing to compare with"
     there = [row for row in rows if STATES.index(row.state) >= STATES.index(state)]
     if state == "healthy" or not there:
         sizes = [row.relative_spectral for row in rows]

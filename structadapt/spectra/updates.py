@@ -14,6 +14,9 @@ from structadapt.spectra import moments
 
 MEASURES = 5  # F, D_2, p_1, then DoRA's mean and largest |m / |W|_row - 1|
 SMALL = 256  # a side up to this has an exact Gram matrix; beyond, probes
+FROZEN = "its adapter is frozen"
+LATER = "its adapter was added, replaced or unfrozen after the monitor was made: make a new one"
+GONE = "its layer left the model after the monitor was made: what is read is of the one that left"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,11 @@ def find(model: nn.Module, snapshots: bool) -> tuple[list[Update], dict[str, str
     others: dict[str, str] = {}
     ours: set[int] = set()
     for name, layer in find_adapted(model).items():
-        updates.append(_of_layer(plain_name(name), layer))
+        name = plain_name(name)
+        if not _trains(layer):
+            others[name] = FROZEN
+            continue
+        updates.append(_of_layer(name, layer))
         ours |= {id(t) for n, t in layer.tensors().items() if n != "delta_bias"}
     for name, p in model.named_parameters():
         if not p.requires_grad or id(p) in ours:
@@ -72,6 +79,24 @@ def find(model: nn.Module, snapshots: bool) -> tuple[list[Update], dict[str, str
                 Update(name.removesuffix(".weight"), shape, "weight", None, None, p, start)
             )
     return updates, others
+
+
+def unseen(model: nn.Module, watched: list[Update]) -> dict[str, str]:
+    """Where the adapters that train are no longer those of `find`, by name, and how. Reads no
+    tensor."""
+    left = {id(update.layer): update for update in watched if update.layer is not None}
+    found: dict[str, str] = {}
+    for name, layer in find_adapted(unwrapped(model)).items():
+        was, now = left.pop(id(layer), None), _of_layer(plain_name(name), layer)
+        same = was is not None and (was.kind, was.rank) == (now.kind, now.rank)
+        if not same and _trains(layer):
+            found[now.name] = LATER
+    return {update.name: GONE for update in left.values()} | found
+
+
+def _trains(layer: Adapted) -> bool:
+    """Whether the update of the weight does; the bias is none of it."""
+    return any(t.requires_grad for n, t in layer.tensors().items() if n != "delta_bias")
 
 
 def _of_layer(name: str, layer: Adapted) -> Update:
