@@ -417,13 +417,12 @@ def test_a_mistake_with_preflight_is_one_line_too(arguments, words, tmp_path, mo
     assert words in err and err.count("\n") == 1 and not out and not list(tmp_path.iterdir())
 
 
-# -- the whole example, as the README runs it ------------------------------------------------------
+# -- the whole example, beside what test_readme.py runs --------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--adapter", "dora"], ["--adapter", "quanta"]], ids=str)
-def test_the_example_learns(options, tmp_path, capsys):
-    assert call("grpo", *options, "--json", "--out", tmp_path / "run") == 0
+def test_the_example_learns_with_dora(tmp_path, capsys):
+    assert call("grpo", "--adapter", "dora", "--json", "--out", tmp_path / "run") == 0
     summary = json.loads(capsys.readouterr().out)
     assert 0.15 < summary["before"]["sampled"] < 0.35
     assert summary["after"]["sampled"] >= 0.70 and summary["after"]["greedy"] >= 0.80
@@ -433,7 +432,8 @@ def test_the_example_learns(options, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_rank_256_collapses_at_alpha_2r_and_not_at_alpha_16(tmp_path, capsys):
-    assert call("grpo", "--rank", 256, "--alpha", 512, "--out", tmp_path / "512") == 0
+    options = ["--rank", 256, "--alpha", 512, "--prompts", 1024]
+    assert call("grpo", *options, "--out", tmp_path / "512") == 0
     out, err = capsys.readouterr()
     summary = json.loads((tmp_path / "512" / "summary.json").read_text())
     assert summary["after"]["greedy"] == summary["after"]["sampled"] == 0.0
