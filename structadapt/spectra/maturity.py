@@ -10,8 +10,16 @@ from typing import Any
 import numpy as np
 
 from structadapt.spectra.columns import head
-from structadapt.spectra.report import Report, Row, shown, usable
-from structadapt.spectra.tables import aligned, by_type, middle
+from structadapt.spectra.report import (
+    NothingToShowError,
+    Report,
+    Row,
+    by_type,
+    path_shown,
+    shown,
+    usable,
+)
+from structadapt.spectra.tables import TYPES, aligned, middle
 
 RATIOS = ("effective_rank_ratio", "stable_rank_ratio", "alpha_median_ratio")
 SPIKES = ("mp_spikes", "mp_spike_energy")
@@ -20,10 +28,10 @@ TAIL = ("alpha", "alpha_n_tail", "alpha_D", "alpha_sigma", "alpha_clip_low", "al
 
 def frozen_weights(report: Report) -> list[dict[str, Any]]:
     """For every module type of the frozen weights: {module_type, count, shapes, and for each
-    statistic its median, q25 and q75}. ValueError if the report has no weight."""
+    statistic its median, q25 and q75}. NothingToShowError if the report has no weight."""
     rows = [row for row in report.rows if row["kind"] == "weight" and usable(row)]
     if not rows:
-        raise ValueError(
+        raise NothingToShowError(
             "maturity looks at frozen weights, and this source has none: give the base model alone"
         )
     return [
@@ -41,8 +49,10 @@ def lines(statistics: Sequence[dict[str, Any]]) -> list[str]:
     """Two tables: beside a random matrix of the same shape, and the tail of the eigenvalues."""
     first = [["type", "n", "out x in", *(head(c) for c in (*RATIOS, *SPIKES))]]
     second = [["type", "n", *(head(c) for c in TAIL)]]
-    for entry in statistics:
-        name = middle(shown(entry["module_type"]), 30)
+    few = sorted(statistics, key=lambda entry: -entry["count"])[:TYPES]
+    left = len(statistics) - len(few)
+    for entry in statistics if not left else few:
+        name = middle(path_shown(entry["module_type"]), 30)
         shape = shown(entry["shapes"][0]) + ("*" if len(entry["shapes"]) > 1 else "")
         cells = [_range(entry[column]) for column in (*RATIOS, *SPIKES)]
         first.append([name, str(entry["count"]), shape, *cells])
@@ -52,6 +62,7 @@ def lines(statistics: Sequence[dict[str, Any]]) -> list[str]:
         "frozen weights beside Gaussian ones of the same shape: median (quartiles)",
         *aligned(first),
         *(["  * and other shapes"] if many else []),
+        *([f"  and {left} smaller types: --json has all"] if left else []),
         "",
         "power law of the eigenvalue tail: median (quartiles); low and high: with up to 9 top "
         "values left out",
