@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import structadapt as sa
+from structadapt.layers import find_adapted
 from structadapt.spectra import drawing, engine, maturity, page, plots, tables
 from structadapt.spectra.columns import COLUMNS, MEASURES, NULLED, head, meaning, title
 from structadapt.spectra.evidence import RULES, failing, incomplete
@@ -134,6 +135,8 @@ def test_every_relation_is_that_of_full_decompositions(shape):
         cosines = np.linalg.svd(old.T @ new, compute_uv=False).clip(max=1)
         angle = np.degrees(np.arccos(cosines.min()))
         assert row[f"angle_{side}_max"] == pytest.approx(angle, abs=1e-5)
+        middle = np.median(np.degrees(np.arccos(cosines)))
+        assert row[f"angle_{side}_median"] == pytest.approx(middle, abs=1e-5)
     whole_energy = (dW**2).sum()
     for side, part in (("left", U.T @ dW), ("right", dW @ V), ("both", U.T @ dW @ V)):
         off = 1 - (part**2).sum() / whole_energy
@@ -143,6 +146,21 @@ def test_every_relation_is_that_of_full_decompositions(shape):
     assert row["intruders"] == (similar < 0.5).sum()
     kept = (np.abs(dW) <= 1e-3 * np.maximum(np.abs(W.numpy()), np.abs(tuned.numpy()))).mean()
     assert row["sparsity"] == pytest.approx(kept) and row["sparsity"] > 0
+
+
+def test_intruders_that_were_planted():
+    def basis(m, k, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=torch.float64)).Q
+
+    W = (basis(60, 40, 0) * torch.linspace(3, 1, 40)) @ basis(50, 40, 1).T
+    left = torch.linalg.svd(W, full_matrices=False)[0][:, :40]
+    extra = torch.randn(60, 3, dtype=torch.float64)
+    outside = torch.linalg.qr(torch.cat([left, extra], 1)).Q[:, -3:]
+    for count in (0, 1, 3):
+        tuned = W + 10 * outside[:, :count] @ basis(50, 3, 3)[:, :count].T
+        (row,) = sa.spectra.analyze({"l.weight": tuned}, {"l.weight": W}).rows
+        assert row["intruders"] == count
 
 
 def test_relations_can_be_left_out():
@@ -768,7 +786,39 @@ def test_several_on_one_scale(net, tmp_path, train_a_little):
     assert all(map(is_png, comparison.plot(tmp_path)))
     other = sa.spectra.compare({"factors": models["r=2"], "stored": models["r=8"].state_dict()})
     assert any("came about in different ways" in note for note in other.notes)
+    assert not other.similarity, "differences have no factors"
     with pytest.raises(ValueError, match="nothing to compare"):
         sa.spectra.compare({})
     with pytest.raises(ValueError, match="no matrix is in all of"):
         sa.spectra.compare({"a": {"x.weight": torch.eye(3)}, "b": {"y.weight": torch.eye(3)}})
+
+
+def test_the_same_directions_and_others(net, tmp_path, train_a_little):
+    """phi of adapters whose factors are made: the same inputs, half of the outputs."""
+    models = {}
+    axes = torch.eye(32)
+    for name, columns in (("a", (0, 1, 2, 3)), ("b", (2, 3, 4, 5))):
+        models[name] = sa.adapt(copy.deepcopy(net), sa.LoRA(rank=4), "attn")
+        with torch.no_grad():
+            for layer in find_adapted(models[name]).values():
+                layer.A.copy_(torch.tensor([2.0, 1.0, 0.5, 3.0])[:, None] * axes[:4])
+                layer.B.copy_(axes[:, columns].flip(1))
+    models["c"] = train_a_little(sa.adapt(copy.deepcopy(net), sa.DoRA(rank=2), "attn"))
+    models["zero"] = sa.adapt(copy.deepcopy(net), sa.LoRA(rank=2), "attn")
+    sa.save(models["b"], tmp_path / "b.safetensors")
+    comparison = sa.spectra.compare({**models, "b": tmp_path / "b.safetensors"}, base=net)
+    found = {(r["one"], r["other"], r["name"]): r for r in comparison.similarity}
+    names = ("blocks.0.attn", "blocks.1.attn")
+    assert found.keys() == {(*p, n) for p in ("ab", "ac", "bc") for n in names}
+    for name in names:
+        same = found["a", "b", name]
+        assert (same["left"], same["right"]) == (pytest.approx(0.5), pytest.approx(1))
+        assert same["left_null"] == same["right_null"] == 4 / 32
+        layer = find_adapted(models["c"])[name]
+        Q = torch.linalg.qr(layer.B.detach().double()).Q
+        expected = Q[:4].square().sum().item() / 2
+        assert found["a", "c", name]["left"] == pytest.approx(expected, rel=1e-6)
+    text = comparison.to_markdown()
+    assert "| a and b | 2 | 0.5 | 0.125 | 1 | 0.125 |" in text
+    one = sa.spectra.compare(models, include="0.attn", relations=False)
+    assert {r["name"] for r in one.similarity} == {"blocks.0.attn"}

@@ -92,7 +92,9 @@ MEASURES = (
         "angle left",
         "largest angle between the principal left subspaces of W and W'",
     ),
-    Column("angle_right_max", "angle right", "the same of the right subspaces"),
+    Column("angle_left_median", "median left", "the median of those angles"),
+    Column("angle_right_max", "angle right", "largest angle between the right ones"),
+    Column("angle_right_median", "median right", "the median of those angles"),
     Column(
         "off_principal_left",
         "off left",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from structadapt.spectra.nulls import triangle
 from structadapt.spectra.report import NAMELESS, Report, Row, by_type
 
 # Okabe & Ito (2008), yellow left out: it is hard to see on white.
@@ -117,24 +118,15 @@ def random_curves(rows: Sequence[Row]) -> list[np.ndarray]:
 
 @lru_cache(maxsize=64)
 def _random(shape: tuple[int, int], rank: int, seed: int) -> np.ndarray:
-    """Singular values of a Gaussian matrix, or of B A for Gaussian factors of a lower rank.
-
-    By the factor R of its QR decomposition, which is drawn itself (Bartlett 1933): R_ii^2 is
-    chi-squared with m - i degrees of freedom, what is above it normal. A large matrix is drawn
-    smaller, with the same ratio of its sides.
-    """
+    """Singular values of a Gaussian matrix, or of B A for Gaussian factors of a lower rank, by
+    `nulls.triangle`. A large matrix is drawn smaller, with the same ratio of its sides."""
     generator = np.random.default_rng((seed, *shape, rank))
     if rank < min(shape):
-        left, right = (_upper(generator, size, rank) for size in shape)
+        left, right = (triangle(generator, size, rank) for size in shape)
         return np.linalg.svd(left @ right.T, compute_uv=False)
     n = min(min(shape), LARGEST_NULL)
-    return np.linalg.svd(_upper(generator, n * max(shape) / min(shape), n), compute_uv=False)
-
-
-def _upper(generator: np.random.Generator, rows: float, n: int) -> np.ndarray:
-    upper = np.triu(generator.standard_normal((n, n)), 1)
-    degrees = np.maximum(rows - np.arange(n), 1e-3)
-    return upper + np.diag(np.sqrt(generator.chisquare(degrees)))
+    longer = n * max(shape) / min(shape)
+    return np.linalg.svd(triangle(generator, longer, n), compute_uv=False)
 
 
 def grid(layers: Sequence[Any], types: Sequence[str], rows: Sequence[Row], name: str) -> np.ndarray:

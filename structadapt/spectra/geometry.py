@@ -76,6 +76,7 @@ def lies(matrix: Matrix, W: Vectors, device: torch.device) -> dict[str, Any]:
     for side, before, after in (("left", U, after_U), ("right", V, after_V)):
         angles = relations.principal_angles(before, after)
         found[f"angle_{side}_max"] = angles.max().item()
+        found[f"angle_{side}_median"] = angles.quantile(0.5).item()
     found["intruders"] = int((W.similarity(tuned.leading_left(INTRUDERS)) < SIMILAR).sum())
     off = _off_principal(matrix, U, V)
     if off is not None:

@@ -7,15 +7,13 @@ reinforcement learning. It is a hypothesis: this prints the figures and no verdi
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from structadapt.spectra.columns import head
 from structadapt.spectra.report import (
     NothingToShowError,
     Report,
-    Row,
     by_type,
     path_shown,
+    quartiles,
     shown,
     usable,
 )
@@ -28,7 +26,7 @@ TAIL = ("alpha", "alpha_n_tail", "alpha_D", "alpha_sigma", "alpha_clip_low", "al
 
 def frozen_weights(report: Report) -> list[dict[str, Any]]:
     """For every module type of the frozen weights: {module_type, count, shapes, and for each
-    statistic its median, q25 and q75}. NothingToShowError if the report has no weight."""
+    statistic its quartiles}. NothingToShowError if the report has no weight."""
     rows = [row for row in report.rows if row["kind"] == "weight" and usable(row)]
     if not rows:
         raise NothingToShowError(
@@ -39,7 +37,7 @@ def frozen_weights(report: Report) -> list[dict[str, Any]]:
             "module_type": name,
             "count": len(group),
             "shapes": sorted({row["shape"] for row in group}),
-            **{column: _quartiles(group, column) for column in (*RATIOS, *SPIKES, *TAIL)},
+            **{column: quartiles(group, column) for column in (*RATIOS, *SPIKES, *TAIL)},
         }
         for name, group in by_type(rows).items()
     ]
@@ -68,14 +66,6 @@ def lines(statistics: Sequence[dict[str, Any]]) -> list[str]:
         "values left out",
         *aligned(second),
     ]
-
-
-def _quartiles(rows: Sequence[Row], column: str) -> dict[str, float] | None:
-    values = [row[column] for row in rows if row[column] is not None]
-    if not values:
-        return None
-    q = np.quantile(values, (0.5, 0.25, 0.75)).tolist()
-    return dict(zip(("median", "q25", "q75"), q, strict=True))
 
 
 def _range(found: dict[str, float] | None) -> str:

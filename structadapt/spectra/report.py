@@ -162,14 +162,18 @@ def by_type(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def spread(rows: list[Row]) -> dict[str, dict[str, float]]:
-    """{measure: {median, q25, q75, low, high}} of every numeric column."""
-    found = {}
-    for column in COLUMNS:
-        values = [row[column] for row in rows if isinstance(row[column], int | float)]
-        if values and column != "layer":
-            q = np.quantile(values, (0.5, 0.25, 0.75, 0, 1)).tolist()
-            found[column] = dict(zip(("median", "q25", "q75", "low", "high"), q, strict=True))
-    return found
+    """`quartiles` of every numeric column."""
+    found = {column: quartiles(rows, column) for column in COLUMNS if column != "layer"}
+    return {column: values for column, values in found.items() if values is not None}
+
+
+def quartiles(rows: Iterable[Row], column: str) -> dict[str, float] | None:
+    """{median, q25, q75, low, high} of one column over the rows that have a number there."""
+    values = [row[column] for row in rows if isinstance(row[column], int | float)]
+    if not values:
+        return None
+    q = np.quantile(values, (0.5, 0.25, 0.75, 0, 1)).tolist()
+    return dict(zip(("median", "q25", "q75", "low", "high"), q, strict=True))
 
 
 def shown(value: Any, digits: int = 4) -> str:

@@ -8,7 +8,16 @@ import numpy as np
 
 from structadapt.spectra.columns import head
 from structadapt.spectra.evidence import Finding
-from structadapt.spectra.report import Report, Row, by_type, is_matrix, path_shown, shown, usable
+from structadapt.spectra.report import (
+    Report,
+    Row,
+    by_type,
+    is_matrix,
+    path_shown,
+    quartiles,
+    shown,
+    usable,
+)
 
 WORST = 5  # modules that are named
 NAMES = 3  # named of many that were left out for one reason
@@ -185,11 +194,12 @@ def _spread(rows: list[Row], name: str, end: str) -> list[str]:
     with_value = [row for row in rows if row[name] is not None]
     if not with_value:
         return ["-", "", ""]
-    low, median, high = np.quantile([row[name] for row in with_value], (0.25, 0.5, 0.75))
+    q = quartiles(with_value, name)
+    assert q is not None
     row = (max if end == "high" else min)(with_value, key=lambda row: row[name])
     layer = "" if row["layer"] is None else f" L{row['layer']}"
-    spread = f"{shown(float(low), 2)}-{shown(float(high), 2)}" if len(with_value) > 1 else ""
-    return [shown(float(median), 3), spread, f"{shown(row[name], 3)}{layer}"]
+    spread = f"{shown(q['q25'], 2)}-{shown(q['q75'], 2)}" if len(with_value) > 1 else ""
+    return [shown(q["median"], 3), spread, f"{shown(row[name], 3)}{layer}"]
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
