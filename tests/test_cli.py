@@ -555,8 +555,55 @@ def test_spectra_maturity(checkpoints, capsys):
     assert call("spectra", checkpoints / "base.safetensors", "--maturity") == 0
     assert "frozen weights beside Gaussian ones" in capsys.readouterr().out
     paths = [checkpoints / "tuned.safetensors", "--base", checkpoints / "base.safetensors"]
-    assert call("spectra", *paths, "--maturity") == 2
-    assert "this source has none" in capsys.readouterr().err
+    assert call("spectra", *paths, "--maturity") == 0
+    out, err = capsys.readouterr()
+    assert "this source has none" in err and err.count("\n") == 1 and "coverage: 2 of 2" in out
+
+
+def test_a_spectra_output_that_fails_takes_nothing_with_it(checkpoints, monkeypatch, capsys):
+    def broken(*arguments):
+        raise KeyError("child0")
+
+    at, target = checkpoints, checkpoints / "r.csv"
+    monkeypatch.setattr("structadapt.spectra.plots.draw", broken)
+
+    def full(path, data):
+        raise OSError(28, "No space left on device", f"{path}.temporary")
+
+    monkeypatch.setattr("structadapt.spectra.report.write_atomically", full)
+    code = call("spectra", at / "base.safetensors", "--csv", target, "--plots", at / "plots",
+                "--markdown", at / "r.md")  # fmt: skip
+    out, err = capsys.readouterr()
+    assert code == 2 and "coverage: 2 of 2 matrices" in out and f"table in {at / 'r.md'}" in out
+    assert (at / "r.md").read_text().count("\n") == 4 and "rows in" not in out
+    assert err.splitlines() == [
+        f"structadapt spectra: error: no rows in {target}: No space left on device",
+        f"structadapt spectra: error: no pictures in {at / 'plots'}: 'child0'",
+    ]
+
+
+def test_spectra_of_zeros_and_a_torn_monitor_are_notes(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    safetensors.torch.save_file({"l.weight": torch.zeros(4, 3)}, run / "model.safetensors")
+    (run / "monitor.jsonl").write_text("torn")
+    assert call("spectra", run, "--plots", tmp_path / "p", "--html", tmp_path / "r.html") == 0
+    err = capsys.readouterr().err
+    assert "note: no pictures: nothing to draw" in err and err.count("\n") == 2
+    assert "holds no reading" in err and "nothing to draw" in (tmp_path / "r.html").read_text()
+
+
+def test_spectra_into_a_pipe_that_closes(checkpoints):
+    """As `--json | head -c 10`: quiet, and the files are written."""
+    code = "import sys; from structadapt import cli; sys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "spectra", checkpoints / "base.safetensors", "--json"]
+    run = subprocess.Popen([*command, "--csv", checkpoints / "r.csv"], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE)  # fmt: skip
+    assert run.stdout is not None and run.stderr is not None
+    run.stdout.close()
+    with run.stderr as stream:
+        said = stream.read()
+    assert (run.wait(), said) == (0, b"") and (checkpoints / "r.csv").exists()
 
 
 def test_spectra_in_colour_on_a_terminal_unless_told_otherwise(checkpoints, monkeypatch, capsys):

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import structadapt as sa
-from structadapt.spectra import maturity, page, plots, tables
+from structadapt.layers import find_adapted
+from structadapt.spectra import drawing, engine, maturity, page, plots, tables
 from structadapt.spectra.columns import COLUMNS, MEASURES, NULLED, head, meaning, title
 from structadapt.spectra.evidence import RULES, failing, incomplete
 from structadapt.spectra.geometry import principal
@@ -134,6 +135,8 @@ def test_every_relation_is_that_of_full_decompositions(shape):
         cosines = np.linalg.svd(old.T @ new, compute_uv=False).clip(max=1)
         angle = np.degrees(np.arccos(cosines.min()))
         assert row[f"angle_{side}_max"] == pytest.approx(angle, abs=1e-5)
+        middle = np.median(np.degrees(np.arccos(cosines)))
+        assert row[f"angle_{side}_median"] == pytest.approx(middle, abs=1e-5)
     whole_energy = (dW**2).sum()
     for side, part in (("left", U.T @ dW), ("right", dW @ V), ("both", U.T @ dW @ V)):
         off = 1 - (part**2).sum() / whole_energy
@@ -143,6 +146,21 @@ def test_every_relation_is_that_of_full_decompositions(shape):
     assert row["intruders"] == (similar < 0.5).sum()
     kept = (np.abs(dW) <= 1e-3 * np.maximum(np.abs(W.numpy()), np.abs(tuned.numpy()))).mean()
     assert row["sparsity"] == pytest.approx(kept) and row["sparsity"] > 0
+
+
+def test_intruders_that_were_planted():
+    def basis(m, k, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=torch.float64)).Q
+
+    W = (basis(60, 40, 0) * torch.linspace(3, 1, 40)) @ basis(50, 40, 1).T
+    left = torch.linalg.svd(W, full_matrices=False)[0][:, :40]
+    extra = torch.randn(60, 3, dtype=torch.float64)
+    outside = torch.linalg.qr(torch.cat([left, extra], 1)).Q[:, -3:]
+    for count in (0, 1, 3):
+        tuned = W + 10 * outside[:, :count] @ basis(50, 3, 3)[:, :count].T
+        (row,) = sa.spectra.analyze({"l.weight": tuned}, {"l.weight": W}).rows
+        assert row["intruders"] == count
 
 
 def test_relations_can_be_left_out():
@@ -223,12 +241,13 @@ def test_weights_differences_and_what_does_not_fit(net, tmp_path):
         ({"method": "fast"}, "method must be one of"),
         ({"workers": 0}, "workers must be at least 1"),
         ({"device": "nothing"}, "device 'nothing' cannot be used"),
+        ({"device": "meta"}, "^device 'meta' holds no values"),
     ):
         with pytest.raises(ValueError, match=words):
             sa.spectra.analyze(net, **settings)
 
 
-def test_one_bad_matrix_is_a_row_and_the_others_go_on(net):
+def test_one_bad_matrix_is_a_row_and_the_others_go_on(net, tmp_path):
     with torch.no_grad():
         net.blocks[0]["attn"].weight[3, 2] = torch.nan
     report = sa.spectra.analyze(net)
@@ -244,6 +263,74 @@ def test_one_bad_matrix_is_a_row_and_the_others_go_on(net):
     first, second = sa.spectra.analyze(net).rows
     assert first["status"] == "partial" and first["reason"].startswith("without its base: ")
     assert first["effective_rank"] == 0.0 and second["status"] == "ok"
+    assert incomplete(sa.spectra.analyze(net)), "as with a base that cannot be used"
+    base = {n: t.to(torch.int8) if "0.attn" in n else t for n, t in net.state_dict().items()}
+    for adapter in (sa.LoRA(rank=2), sa.DoRA(rank=2)):
+        sa.save(sa.adapt(type(net)(), adapter, "attn"), tmp_path / "a.safetensors")
+        report = sa.spectra.analyze(tmp_path / "a.safetensors", base)
+        first = report.rows[0]
+        assert first["status"] == "partial" and incomplete(report)
+        assert first["reason"].startswith("without its base: the base's blocks.0.attn cannot be")
+
+
+def test_no_memory_for_one_matrix_is_no_end(net, monkeypatch):
+    def allocate(rows, shape, *settings):
+        if shape == (64, 32):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator")
+        return spectrum(rows, shape, *settings)
+
+    spectrum = engine.spectrum
+    monkeypatch.setattr(engine, "spectrum", allocate)
+    rows = sa.spectra.analyze(net).rows
+    failed = [row["name"] for row in rows if row["status"] == "skipped"]
+    assert failed == ["blocks.0.up", "blocks.1.up"] and len(rows) == 8
+
+
+def test_a_rank_that_the_gram_matrix_cannot_see_is_not_told():
+    """In float64, values from s_1 max(m, k) eps to s_1 sqrt(n eps) are lost to it."""
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(n, 9, generator=generator, dtype=torch.float64)).Q
+            for n in (40, 30))  # fmt: skip
+    W = (U * torch.logspace(0, -11, 9, dtype=torch.float64)) @ V.T
+    (row,) = sa.spectra.analyze({"l.weight": W}).rows
+    assert row["numerical_rank"] is None and row["status"] == "partial"
+    assert "method svd" in row["reason"] and not incomplete(Report([row]))
+    (row,) = sa.spectra.analyze({"l.weight": W}, method="svd").rows
+    assert (row["numerical_rank"], row["status"]) == (9, "ok")
+    full = torch.randn(40, 30, generator=generator, dtype=torch.float64)
+    (row,) = sa.spectra.analyze({"l.weight": full}).rows
+    assert (row["numerical_rank"], row["status"]) == (30, "ok"), "all of them are above the floor"
+    (row,) = sa.spectra.analyze({"l.weight": W.float()}).rows
+    s = torch.linalg.svdvals(W.float().double())
+    assert row["numerical_rank"] == (s > s[0] * 40 * 2**-23).sum() and row["status"] == "ok"
+    report = sa.spectra.analyze({"l.weight": full + W}, {"l.weight": full})
+    assert report.rows[0]["numerical_rank"] is None and not report.notes
+
+
+def test_no_spikes_of_factors_and_no_drift_over_zeros(net, train_a_little):
+    for row in sa.spectra.analyze(net).rows:
+        assert row["mp_spikes"] is not None
+    with torch.no_grad():
+        net.blocks[0]["attn"].weight.zero_()
+    base = copy.deepcopy(net)
+    rows = sa.spectra.analyze(train_a_little(sa.adapt(net, sa.LoRA(rank=4)))).rows
+    for row in rows:
+        assert row["mp_spikes"] is row["mp_spike_energy"] is None and row["topk_energy"] > 0
+    with sa.merged(net):
+        tuned = {n: t.clone() for n, t in net.state_dict().items() if n.endswith("weight")}
+    for row in (*rows, *sa.spectra.analyze(tuned, base).rows):
+        zero = row["name"] == "blocks.0.attn"
+        assert (row["nss_drift"] is None) == zero and (row["relative_norm"] is None) == zero
+        assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
+
+
+def test_masks_and_buffers_are_no_loss(net):
+    net.register_buffer("mask", torch.ones(4, 4))
+    report = sa.spectra.analyze(net)
+    assert [s["reason"] for s in report.skipped if s["name"] == "mask"] == ["a buffer, no weight"]
+    assert not incomplete(report)
+    state = {"l.weight": torch.eye(3), "l.bias": torch.ones(1, 1, 3, 3), "t": torch.ones(1, 1, 3)}
+    assert not incomplete(sa.spectra.analyze(state))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (0, 4), (3, 0)], ids=str)
@@ -351,6 +438,10 @@ def test_json_csv_markdown_pandas(report, tmp_path):
     lines = report.to_markdown().splitlines()
     assert len(lines) == 2 + len(report.rows) and len({line.count("|") for line in lines}) == 1
     assert "sparsity" not in lines[0] and "effective_rank_ratio" in lines[0]
+    for name in ("=1+1", "+a", "-a", "@a"):
+        report.rows[0].update(name=name, module_type=name)
+        report.to_csv(tmp_path / "r.csv")
+        assert f"\n'{name},0,'{name}," in (tmp_path / "r.csv").read_text().replace("\r", "")
     pandas = pytest.importorskip("pandas")
     frame = report.to_pandas()
     assert isinstance(frame, pandas.DataFrame) and tuple(frame.columns) == COLUMNS
@@ -467,6 +558,15 @@ def test_the_screen_has_coverage_then_the_worst_then_types(report):
     assert [line.split()[0] for line in lines[first : first + 5]] == order[:5]
 
 
+def test_many_reasons_are_some_lines():
+    rows = [row_of(name=f"l.{i}", status=s, reason=f"{s} {i}", frobenius_norm=None)
+            for s in ("skipped", "partial") for i in range(40)]  # fmt: skip
+    lines = tables.coverage(Report(rows))
+    assert len(lines) == 1 + 2 * (tables.REASONS + 1)
+    assert "  left out: 28 more for 28 other reasons" in lines
+    assert lines[-1] == "  in part: 28 more rows for 28 other reasons"
+
+
 def test_names_of_strangers_stay_on_their_line():
     row = row_of(name=HOSTILE, module_type=HOSTILE, topk_energy=0.9, reason=HOSTILE)
     report = Report([row], [], [HOSTILE], {HOSTILE: np.ones(16)}, {"source": HOSTILE})
@@ -499,12 +599,17 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_goes_up_to_one_and_shows_on_a_terminal_alone(net):
+def test_progress_goes_up_to_one_and_shows_on_a_terminal_alone(net, monkeypatch):
     told = []
     sa.spectra.analyze(net, workers=2, progress=lambda *what: told.append(what))
     assert [t[0] for t in told] == list(range(1, 9)) and {t[1] for t in told} == {8}
     shares = [t[2] for t in told]
     assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
+    narrow = Terminal()
+    monkeypatch.setenv("COLUMNS", "40")
+    Meter(narrow)(4, 4, 1.0, "x" * 200)
+    assert len(narrow.getvalue().removeprefix("\r\x1b[K")) == 39
+    monkeypatch.setenv("COLUMNS", "100")
     quiet, terminal = io.StringIO(), Terminal()
     for stream in (quiet, terminal):
         meter = Meter(stream)
@@ -562,6 +667,24 @@ def test_pictures_of_one_some_and_many(report, tmp_path):
     assert all(map(is_png, plots.draw(report, tmp_path / "hostile")))
 
 
+def test_names_that_are_empty_long_or_private_are_drawn(tmp_path):
+    long = "model.layers.0.mlp.experts.{}.of.a.very.long.path.that.is.cut.down_proj.weight"
+    state = {long.format(i): torch.randn(9, 7) for i in (1234, 5678)}
+    assert len({drawing.label(name) for name in state}) == 1
+    for tensors in (torch.eye(5), {**state, "_stem.weight": torch.randn(6, 5)}):
+        named = {"weight": tensors} if isinstance(tensors, torch.Tensor) else tensors
+        report = sa.spectra.analyze(named)
+        assert all(map(is_png, plots.draw(report, tmp_path / "p")))
+    (row,) = sa.spectra.analyze({"weight": torch.eye(5)}).rows
+    report = Report([row], spectra={"": np.ones(5)})
+    found = [sa.spectra.Finding("nonfinite", "", "evidence", 1.0)]
+    assert tables.screen(report, found).count("(no name)") == 3
+    page.write(report, tmp_path / "r.html", found)
+    assert (tmp_path / "r.html").read_text().count("(no name)") == 3
+    plots.energy(sa.spectra.analyze({"_stem.weight": torch.eye(5)}), tmp_path / "e.svg")
+    assert "_stem" in (tmp_path / "e.svg").read_text()
+
+
 def test_the_noise_edge_and_random_matrices_are_in_the_picture(tmp_path):
     W, _ = random_pair((60, 40), size=0)
     W = W.bfloat16()
@@ -580,6 +703,30 @@ def test_many_types_are_drawn_below_each_other(tmp_path):
     data = plots.heatmap({"": report}, tmp_path / "h.png").read_bytes()
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
     assert width < 14 * 120 and height > width / 2
+
+
+@pytest.mark.slow
+def test_very_many_types_are_one_on_pictures_and_some_on_screens(tmp_path):
+    state = {f"part_{i}.weight": torch.randn(4, 3) for i in range(300)}
+    state |= {f"layers.{i}.up.weight": torch.randn(4, 3) for i in range(200)}
+    report = sa.spectra.analyze(state)
+    few = drawing.few_types({"a": report.rows, "b": report.rows[:10]})
+    types = [row["module_type"] for row in few["a"]]
+    assert len(set(types)) == 40 and types.count("others") == 262 and types.count("up") == 200
+    assert {row["module_type"] for row in few["b"]} <= set(types)
+    small = sa.spectra.analyze({"l.weight": torch.eye(3)})
+    assert drawing.few_types({"": small.rows})[""][0] is small.rows[0]
+    for path in plots.draw(report, tmp_path / "p"):
+        data = path.read_bytes()
+        sides = [int.from_bytes(data[at : at + 4], "big") for at in (16, 20)]
+        assert max(sides) < 14_000, path
+    text = plots.energy(report, tmp_path / "e.svg").read_text()
+    assert "and 21 more" in text and text.count("<!-- part_") == 19
+    lines = tables.screen(report, []).splitlines()
+    assert len(lines) < 60 and "  and 261 smaller types: --csv and --html have all" in lines
+    assert any(line.startswith("  up ") for line in lines)
+    lines = maturity.lines(maturity.frozen_weights(report))
+    assert len(lines) < 100 and "  and 261 smaller types: --json has all" in lines
 
 
 def test_training_curves(tmp_path):
@@ -639,7 +786,39 @@ def test_several_on_one_scale(net, tmp_path, train_a_little):
     assert all(map(is_png, comparison.plot(tmp_path)))
     other = sa.spectra.compare({"factors": models["r=2"], "stored": models["r=8"].state_dict()})
     assert any("came about in different ways" in note for note in other.notes)
+    assert not other.similarity, "differences have no factors"
     with pytest.raises(ValueError, match="nothing to compare"):
         sa.spectra.compare({})
     with pytest.raises(ValueError, match="no matrix is in all of"):
         sa.spectra.compare({"a": {"x.weight": torch.eye(3)}, "b": {"y.weight": torch.eye(3)}})
+
+
+def test_the_same_directions_and_others(net, tmp_path, train_a_little):
+    """phi of adapters whose factors are made: the same inputs, half of the outputs."""
+    models = {}
+    axes = torch.eye(32)
+    for name, columns in (("a", (0, 1, 2, 3)), ("b", (2, 3, 4, 5))):
+        models[name] = sa.adapt(copy.deepcopy(net), sa.LoRA(rank=4), "attn")
+        with torch.no_grad():
+            for layer in find_adapted(models[name]).values():
+                layer.A.copy_(torch.tensor([2.0, 1.0, 0.5, 3.0])[:, None] * axes[:4])
+                layer.B.copy_(axes[:, columns].flip(1))
+    models["c"] = train_a_little(sa.adapt(copy.deepcopy(net), sa.DoRA(rank=2), "attn"))
+    models["zero"] = sa.adapt(copy.deepcopy(net), sa.LoRA(rank=2), "attn")
+    sa.save(models["b"], tmp_path / "b.safetensors")
+    comparison = sa.spectra.compare({**models, "b": tmp_path / "b.safetensors"}, base=net)
+    found = {(r["one"], r["other"], r["name"]): r for r in comparison.similarity}
+    names = ("blocks.0.attn", "blocks.1.attn")
+    assert found.keys() == {(*p, n) for p in ("ab", "ac", "bc") for n in names}
+    for name in names:
+        same = found["a", "b", name]
+        assert (same["left"], same["right"]) == (pytest.approx(0.5), pytest.approx(1))
+        assert same["left_null"] == same["right_null"] == 4 / 32
+        layer = find_adapted(models["c"])[name]
+        Q = torch.linalg.qr(layer.B.detach().double()).Q
+        expected = Q[:4].square().sum().item() / 2
+        assert found["a", "c", name]["left"] == pytest.approx(expected, rel=1e-6)
+    text = comparison.to_markdown()
+    assert "| a and b | 2 | 0.5 | 0.125 | 1 | 0.125 |" in text
+    one = sa.spectra.compare(models, include="0.attn", relations=False)
+    assert {r["name"] for r in one.similarity} == {"blocks.0.attn"}

@@ -161,6 +161,15 @@ def test_a_training_checkpoint_of_torch_save(tmp_path):
     assert reasons(opened)["tied"] == "the same storage as a, which is looked at"
     assert "no text" in reasons(opened)["3"] and "no tensor" in reasons(opened)["step"]
     assert any("under 'state_dict'" in note for note in opened.notes)
+    for way in ("model", "state_dict"):  # nanoGPT's, and one with the state of a generator
+        beside = {"best_val_loss": torch.tensor(3.2), "rng_state": torch.get_rng_state()}
+        torch.save({way: state, "iter_num": 5, **beside}, tmp_path / "run.pt")
+        (matrix,) = open_source(tmp_path / "run.pt").matrices
+        assert matrix.name == "a" and torch.equal(values(matrix), W)
+    flat = {"a.weight": W, "model": {"other.weight": W}}  # a matrix at the top: that is the model
+    torch.save(flat, tmp_path / "flat.pt")
+    opened = open_source(tmp_path / "flat.pt")
+    assert by_name(opened).keys() == {"a"} and "a dict, no tensor" in reasons(opened)["model"]
     torch.save(W.T, tmp_path / "bare.pt")  # not contiguous
     assert torch.equal(values(open_source(tmp_path / "bare.pt").matrices[0]), W.T)
 
@@ -212,6 +221,30 @@ def test_every_tensor_that_is_not_looked_at_has_a_reason(tmp_path):
         "'red\\x1b[31m.weight'": "control characters",
     }.items():
         assert part in why[name], name
+
+
+def test_what_is_no_weight_is_no_kernel_and_no_expert(tmp_path):
+    tensors = {
+        "h.0.attn.bias": torch.tril(torch.ones(5, 5)).view(1, 1, 5, 5),  # the mask of GPT-2
+        "h.1.attn.bias": torch.ones(1, 1, 5, 5, dtype=torch.uint8),
+        "cls_token": torch.ones(1, 1, 6),
+        "gamma": torch.ones(6, 1, 1),
+        "position_embeddings": random(1, 5, 6),
+        "mlp.experts.down_proj": random(1, 4, 6, seed=1),
+        "many": random(2, 4, 6, seed=2),
+        "depthwise.weight": random(6, 1, 1, seed=3),
+        "old.weight_v": random(4, 3, 2, 2, seed=4),
+    }
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    opened = open_source(tmp_path / "x.safetensors")
+    found, why = by_name(opened), reasons(opened)
+    assert found.keys() == {
+        *("position_embeddings", "mlp.experts.down_proj.0", "many.0", "many.1", "depthwise"),
+        "old.weight_v",
+    }
+    assert torch.equal(values(found["position_embeddings"]), tensors["position_embeddings"][0])
+    assert why.keys() == tensors.keys() & {"h.0.attn.bias", "h.1.attn.bias", "cls_token", "gamma"}
+    assert all(reason.startswith("no matrix: ") for reason in why.values())
 
 
 def test_a_value_that_is_not_finite_spoils_its_matrix_alone(tmp_path):
@@ -291,7 +324,10 @@ def test_a_difference_and_its_rounding_step(tmp_path, dtype):
     tuned[0, 0], base[0, 1], tuned[0, 2] = 0.0, 0.0, 1.0
     safetensors.torch.save_file({"w.weight": base}, tmp_path / "base.safetensors")
     safetensors.torch.save_file({"w.weight": tuned}, tmp_path / "tuned.safetensors")
-    expected = np.sqrt(np.mean(np.square(spacing(tuned))))
+    squares = np.square(spacing(tuned))
+    if dtype in (torch.bfloat16, torch.float16):  # both may have been rounded
+        squares = squares + np.square(spacing(base))
+    expected = np.sqrt(np.mean(squares))
     for streamed_first in (True, False):
         opened = open_source(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors")
         (matrix,) = opened.matrices
@@ -320,7 +356,9 @@ def test_a_difference_of_more_than_one_piece():
     assert base.numel() > 2 * PIECE
     (matrix,) = open_source({"w": tuned}, {"w": base}).matrices
     assert torch.equal(values(matrix), tuned.double() - base.double())
-    assert matrix.step == pytest.approx(np.sqrt(np.mean(spacing(tuned) ** 2)), rel=1e-12)
+    assert matrix.step == pytest.approx(
+        np.sqrt(np.mean(spacing(tuned) ** 2 + spacing(base) ** 2)), rel=1e-12
+    )
 
 
 def test_the_step_is_that_of_the_coarser_side(tmp_path):
@@ -331,16 +369,19 @@ def test_the_step_is_that_of_the_coarser_side(tmp_path):
     assert matrix.precision == "difference of float32 and bfloat16"
 
 
-def test_the_rounding_edge_of_a_merged_update():
-    """Trap A: the noise of a merged bf16 update lies under the edge that `step` gives."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masters", [False, True])
+def test_the_rounding_edge_of_an_update(masters, dtype):
+    """Trap A: the noise lies under the edge that `step` gives, whether an update was merged into
+    a base of low precision or both are roundings of float32 masters."""
     W, B, A = 0.02 * random(256, 256), random(256, 4, seed=1), random(4, 256, seed=2)
-    base = W.bfloat16()
+    base = W.to(dtype)
     update = 1e-2 * base.float().norm() / (B @ A).norm() * (B @ A)
-    tuned = (base.float() + update).bfloat16()
+    tuned = ((W if masters else base.float()) + update).to(dtype)
     (matrix,) = open_source({"w": tuned}, {"w": base}).matrices
     s = torch.linalg.svdvals(values(matrix))
     edge = matrix.step / 12**0.5 * 2 * 256**0.5
-    assert (s > edge).sum() == 4 and s[4] > 0.5 * edge
+    assert (s > edge).sum() == 4 and s[4] > (0.8 if masters else 0.5) * edge
 
 
 def test_pairing_two_checkpoints(tmp_path):

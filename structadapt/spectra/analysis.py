@@ -112,6 +112,8 @@ def _device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
+        if chosen.type == "meta":
+            raise ValueError("device 'meta' holds no values: take cpu or cuda")
         torch.empty(0, dtype=torch.float64, device=chosen)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
@@ -186,14 +188,17 @@ def _notes(opened: Opened, found: list[Found]) -> list[str]:
     """What the source says, and where rounding decides the ranks."""
     rows = [item.row for item in found if item.row["rank_above_noise"] is not None]
     drowned = [
-        r for r in rows if r["frobenius_norm"] and r["rank_above_noise"] < r["numerical_rank"]
+        r
+        for r in rows
+        if r["frobenius_norm"] and r["rank_above_noise"] < (r["numerical_rank"] or 0)
     ]
     notes = list(opened.notes)
     if drowned:
         notes.append(
             f"{len(drowned)} of {len(rows)} updates are differences of rounded weights, and have "
             "more rank than stands above the rounding: read rank_above_noise and "
-            "effective_rank_cut, not the raw ranks"
+            "effective_rank_cut, not the raw ranks (of two that are both below float32, both count "
+            "as rounded)"
         )
     for kind in dict.fromkeys(item.row["kind"] for item in found):
         ways = {item.row["precision"] for item in found if item.row["kind"] == kind}

@@ -51,10 +51,17 @@ MEASURES = (
     Column("k90", "k90", "fewest directions with 90 % of the energy", null=True),
     Column("k95", "k95", "fewest directions with 95 % of the energy", null=True),
     Column("k99", "k99", "fewest directions with 99 % of the energy", null=True),
-    Column("numerical_rank", "num. rank", "#{s_i > s_1 max(out, in) eps}, as torch's matrix_rank"),
+    Column(
+        "numerical_rank",
+        "num. rank",
+        "#{s_i > s_1 max(out, in) eps}, as torch's matrix_rank; missing where sigma_floor is above",
+    ),
     Column("rank_above_noise", "above noise", "#{s_i > noise_edge}"),
     Column(
-        "noise_edge", "noise edge", "sqrt(mean ulp^2 / 12) (sqrt out + sqrt in) of a difference"
+        "noise_edge",
+        "noise edge",
+        "sqrt(mean ulp^2 / 12) (sqrt out + sqrt in) of a difference; of two below float32, the sum "
+        "of both ulp^2",
     ),
     Column("effective_rank_cut", "eff. rank, cut", "effective_rank of the s_i above noise_edge"),
     Column("spectral_norm", "|.|_2", "s_1, not squared"),
@@ -73,7 +80,8 @@ MEASURES = (
     Column(
         "mp_spikes",
         "MP spikes",
-        "eigenvalues above the Marchenko-Pastur bulk of a shuffle, Tracy-Widom 99 %",
+        "eigenvalues above the Marchenko-Pastur bulk of a shuffle, Tracy-Widom 99 %; none of "
+        "factors",
     ),
     Column("mp_spike_energy", "spike energy", "their share of sum e"),
     Column("relative_norm", "|dW|/|W| F", "|dW|_F / |W|_F"),
@@ -84,7 +92,9 @@ MEASURES = (
         "angle left",
         "largest angle between the principal left subspaces of W and W'",
     ),
-    Column("angle_right_max", "angle right", "the same of the right subspaces"),
+    Column("angle_left_median", "median left", "the median of those angles"),
+    Column("angle_right_max", "angle right", "largest angle between the right ones"),
+    Column("angle_right_median", "median right", "the median of those angles"),
     Column(
         "off_principal_left",
         "off left",

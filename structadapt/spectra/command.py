@@ -3,21 +3,24 @@
 What was read and what was left out comes first, then the modules that use the fewest directions
 beside a random matrix of the same shape, findings with their evidence, and a table of module types.
 
-exit codes: 0 done; 2 bad input; 3 some matrices could not be analysed; 4 a finding that --fail-on
-names (also where some could not be analysed). A DoRA without its base is a part, not a failure.
+exit codes: 0 done; 2 bad input, or an output that could not be written; 3 some matrices could not
+be analysed, or not beside the base; 4 a finding that --fail-on names (also where some could not be
+analysed). A DoRA for which no base was given is a part, not a failure.
 """
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from structadapt.files import write_atomically
 from structadapt.spectra import analysis, evidence, maturity, page, plots, tables
 from structadapt.spectra.drawing import new_figure
 from structadapt.spectra.progress import Meter
-from structadapt.spectra.report import Report
+from structadapt.spectra.report import NothingToShowError, Report
 from structadapt.spectra.rows import FAULTS
 
 MONITOR = "monitor.jsonl"  # of a training run
@@ -118,11 +121,10 @@ def main(options: argparse.Namespace) -> int:
         report = _analysed(options)
         t = evidence.Limits(options.concentrated, options.oversized, options.intruders)
         found = evidence.findings(report, t)
-        statistics = maturity.frozen_weights(report) if options.maturity else None
-        _write(report, found, statistics, options)
     except (*FAULTS, ImportError) as error:
-        words = " ".join(tables.shown(str(error)).split())
-        print(f"structadapt spectra: error: {words}", file=sys.stderr)
+        _say("error", str(error))
+        return BAD_INPUT
+    if not _shown(report, found, options):
         return BAD_INPUT
     if evidence.failing(found, options.fail_on):
         return FINDING
@@ -171,33 +173,74 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise ValueError(f"--intruders must be at least 1, got {options.intruders}")
 
 
-def _write(
-    report: Report,
-    found: list[evidence.Finding],
-    statistics: list[dict[str, Any]] | None,
-    options: argparse.Namespace,
-) -> None:
+def _shown(report: Report, found: list[evidence.Finding], options: argparse.Namespace) -> bool:
+    """Print the report, then write the files, each whatever became of the others; whether all of
+    them are there."""
+    statistics: list[dict[str, Any]] | None = None
+    if options.maturity:
+        try:
+            statistics = maturity.frozen_weights(report)
+        except NothingToShowError as error:
+            _say("note", str(error))
     lines = [] if statistics is None else maturity.lines(statistics)
-    if options.csv is not None:
-        report.to_csv(options.csv)
-    if options.markdown is not None:
-        Path(options.markdown).write_text(report.to_markdown() + "\n", encoding="utf-8")
-    monitor = Path(options.path) / MONITOR
-    if options.plots is not None:
-        plots.draw(report, options.plots)
-        if monitor.exists():
-            plots.training(monitor, Path(options.plots) / "training.png")
-    if options.html is not None:
-        page.write(report, options.html, found, lines, monitor if monitor.exists() else None)
     if options.json:
         whole = {**report.to_dict(), "findings": [f.as_dict() for f in found]}
         if statistics is not None:
             whole["maturity"] = statistics
-        print(json.dumps(whole, allow_nan=False))
-        return
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    text = "\n".join([tables.screen(report, found, colour), *([""] if lines else []), *lines])
-    for what, path in (("pictures", options.plots), ("page", options.html), ("rows", options.csv)):
-        text += f"\n{what} in {path}" if path is not None else ""
+        _print(json.dumps(whole, allow_nan=False))
+    else:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        _print("\n".join([tables.screen(report, found, colour), *([""] if lines else []), *lines]))
+    complete = True
+    for what, path, write in _outputs(report, found, lines, options):
+        try:
+            write()
+            if not options.json:
+                _print(f"{what} in {path}")
+        except NothingToShowError as error:
+            _say("note", f"no {what}: {error}")
+        except Exception as error:  # whatever it is, the other outputs do not suffer from it
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            _say("error", f"no {what} in {path}: {reason}")
+            complete = False
+    return complete
+
+
+def _outputs(
+    report: Report, found: list[evidence.Finding], lines: list[str], options: argparse.Namespace
+) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """(what, where, how) of each file or folder that was asked for."""
+    monitor = Path(options.path) / MONITOR
+    log = monitor if monitor.exists() else None
+    if options.csv is not None:
+        yield "rows", options.csv, lambda: report.to_csv(options.csv)
+    if options.markdown is not None:
+        text = f"{report.to_markdown()}\n".encode("utf-8", "backslashreplace")
+        yield "table", options.markdown, lambda: write_atomically(Path(options.markdown), text)
+    if options.plots is not None:
+        yield "pictures", options.plots, lambda: plots.draw(report, options.plots)
+    if options.plots is not None and log is not None:
+        picture = Path(options.plots) / "training.png"
+        yield "curves of the run", str(picture), lambda: _curves(log, picture)
+    if options.html is not None:
+        yield "page", options.html, lambda: page.write(report, options.html, found, lines, log)
+
+
+def _curves(log: Path, picture: Path) -> None:
+    picture.parent.mkdir(parents=True, exist_ok=True)  # where there was nothing else to draw
+    plots.training(log, picture)
+
+
+def _say(kind: str, words: str) -> None:
+    words = " ".join(tables.shown(words).split())
+    print(f"structadapt spectra: {kind}: {words}", file=sys.stderr)
+
+
+def _print(text: str) -> None:
+    """Print in the encoding of standard output; nothing more once its reader has gone away, as
+    `head` does."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,11 +3,11 @@
 import itertools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from structadapt.spectra import plots
+from structadapt.spectra import plots, similarity
 from structadapt.spectra.analysis import analyze
 from structadapt.spectra.columns import head
 from structadapt.spectra.report import Report, shown, spread, usable
@@ -32,10 +32,12 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Reports by name, and what stands against comparing them."""
+    """Reports by name, what stands against comparing them, and of adapters how far they use the
+    same directions, as `similarity.between` has it."""
 
     reports: dict[str, Report]
     notes: list[str] = field(default_factory=list)
+    similarity: list[dict[str, Any]] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
         """One record a name and kind: {name, kind, count, and for each measure its median, q25,
@@ -51,7 +53,7 @@ class Comparison:
         return set.intersection(*(_names(report) for report in self.reports.values()))
 
     def to_markdown(self) -> str:
-        """The medians as a Markdown table."""
+        """The medians as a Markdown table, and one of the similarity of adapters."""
         rows = self.rows()
         columns = [m for m in MEASURES if any(m in row for row in rows)]
         heads = (head(m).replace("|", "\\|") for m in columns)
@@ -61,6 +63,8 @@ class Comparison:
             medians = [shown(row[m]["median"]) if m in row else "" for m in columns]
             cells = [shown(row["name"]).replace("|", "\\|"), row["kind"], str(row["count"])]
             lines.append("| " + " | ".join([*cells, *medians]) + " |")
+        if self.similarity:
+            lines += ["", *similarity.lines(self.similarity)]
         return "\n".join([*lines, *(f"\nNote: {note}" for note in self.notes)])
 
     def plot(self, folder: str | os.PathLike[str]) -> list[Path]:
@@ -91,7 +95,8 @@ def compare(
     comparison = Comparison(reports, _notes(reports))
     if not comparison.shared():
         raise ValueError(f"no matrix is in all of {', '.join(reports)}")
-    return comparison
+    chosen = {key: settings.get(key) for key in ("include", "exclude")}
+    return replace(comparison, similarity=similarity.between(sources, **chosen))
 
 
 def _names(report: Report) -> set[str]:

@@ -65,9 +65,18 @@ def _subtracted(tuned: Tensor, base: Tensor) -> tuple[Tensor, float]:
 
 
 def _sum_of_ulp_squares(tuned: Tensor, base: Tensor) -> float:
+    """Sum of the squared ulps of what was rounded: of both where both are below float32, for the
+    base may be a copy of a finer master too; else of the coarser one."""
     exponents = ulp_exponents(tuned)
+    if {tuned.dtype, base.dtype} <= {torch.bfloat16, torch.float16}:
+        return _sum_of_squares(exponents) + _sum_of_squares(ulp_exponents(base))
     if base.dtype != tuned.dtype and torch.finfo(base.dtype).eps > torch.finfo(tuned.dtype).eps:
         exponents = torch.maximum(exponents, ulp_exponents(base))
+    return _sum_of_squares(exponents)
+
+
+def _sum_of_squares(exponents: Tensor) -> float:
+    """sum 2^(2 e)."""
     if not exponents.numel():
         return 0.0
     lowest = int(exponents.min())

@@ -4,19 +4,22 @@ names that a font can show, and curves of random matrices to compare with."""
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from structadapt.spectra.report import Report, Row
+from structadapt.spectra.nulls import triangle
+from structadapt.spectra.report import NAMELESS, Report, Row, by_type
 
 # Okabe & Ito (2008), yellow left out: it is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":")
 GREY, EDGE = "#BBBBBB", "#7A0000"
+TYPES, OTHERS = 40, "others"  # module types that a picture tells apart, and the rest
+LEGEND = 20  # of its entries
 POINTS = 256  # of a drawn curve
 LARGEST_NULL = 384  # side of the random matrices that are drawn
 
@@ -57,6 +60,8 @@ def label(name: Any, width: int = 40) -> str:
     """A name that any font shows, that is no formula, and not too long."""
     text = str(name).encode("ascii", "backslashreplace").decode()
     text = "".join(c if c.isprintable() else "?" for c in text)
+    text = text if text.strip() else NAMELESS  # matplotlib would make up another one
+    text = f" {text}" if text.startswith("_") else text  # which a legend leaves out
     if len(text) > width:
         text = f"{text[: width // 3]}...{text[-(width - width // 3 - 3) :]}"
     return text.replace("$", r"\$")
@@ -80,11 +85,16 @@ def drawable(report: Report) -> list[Row]:
     return list(rows.values())
 
 
-def by_type(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row["module_type"]].append(row)
-    return groups
+def few_types(reports: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
+    """The rows of each report, with at most TYPES module types in all: where there are more, those
+    of the fewest matrices are one, "others"."""
+    every = by_type(row for rows in reports.values() for row in rows)
+    kept = set(sorted(every, key=lambda name: -len(every[name]))[: TYPES - 1])
+    kept = set(every) if len(every) <= TYPES else kept
+    return {
+        name: [r if r["module_type"] in kept else {**r, "module_type": OTHERS} for r in rows]
+        for name, rows in reports.items()
+    }
 
 
 def positions(n: int) -> np.ndarray:
@@ -108,24 +118,15 @@ def random_curves(rows: Sequence[Row]) -> list[np.ndarray]:
 
 @lru_cache(maxsize=64)
 def _random(shape: tuple[int, int], rank: int, seed: int) -> np.ndarray:
-    """Singular values of a Gaussian matrix, or of B A for Gaussian factors of a lower rank.
-
-    By the factor R of its QR decomposition, which is drawn itself (Bartlett 1933): R_ii^2 is
-    chi-squared with m - i degrees of freedom, what is above it normal. A large matrix is drawn
-    smaller, with the same ratio of its sides.
-    """
+    """Singular values of a Gaussian matrix, or of B A for Gaussian factors of a lower rank, by
+    `nulls.triangle`. A large matrix is drawn smaller, with the same ratio of its sides."""
     generator = np.random.default_rng((seed, *shape, rank))
     if rank < min(shape):
-        left, right = (_upper(generator, size, rank) for size in shape)
+        left, right = (triangle(generator, size, rank) for size in shape)
         return np.linalg.svd(left @ right.T, compute_uv=False)
     n = min(min(shape), LARGEST_NULL)
-    return np.linalg.svd(_upper(generator, n * max(shape) / min(shape), n), compute_uv=False)
-
-
-def _upper(generator: np.random.Generator, rows: float, n: int) -> np.ndarray:
-    upper = np.triu(generator.standard_normal((n, n)), 1)
-    degrees = np.maximum(rows - np.arange(n), 1e-3)
-    return upper + np.diag(np.sqrt(generator.chisquare(degrees)))
+    longer = n * max(shape) / min(shape)
+    return np.linalg.svd(triangle(generator, longer, n), compute_uv=False)
 
 
 def grid(layers: Sequence[Any], types: Sequence[str], rows: Sequence[Row], name: str) -> np.ndarray:

@@ -49,15 +49,6 @@ class Spectrum:
         return int((self.s == 0).sum())
 
 
-@dataclass(frozen=True)
-class Basis:
-    """The leading singular triplets of a matrix (m, k), float64 on the CPU."""
-
-    U: Tensor  # (m, j), orthonormal columns
-    s: Tensor  # (j,), largest first
-    V: Tensor  # (k, j), orthonormal columns
-
-
 def spectrum(
     rows: Rows,
     shape: tuple[int, int] | None = None,
@@ -116,27 +107,6 @@ def factor_spectrum(B: Tensor, A: Tensor) -> Spectrum:
     floor = max(m, k, r) * EPS * bound
     s = torch.where(s > floor, s, 0.0)
     return Spectrum(_scale(s, unit), "factors", floor * math.ldexp(1.0, unit))
-
-
-def singular_vectors(
-    matrix: Tensor, k: int | None = None, device: str | torch.device = "cpu"
-) -> Basis:
-    """The k leading singular triplets of a matrix, or fewer: only those above the Gram floor.
-
-    From an eigendecomposition of the Gram matrix of the smaller side; the vectors of the other
-    side are W v / s, made orthonormal. Values and errors as for `spectrum`.
-    """
-    m, width = shape = _checked_shape(matrix, None)
-    s, small, unit = _eigen(matrix, shape, device)
-    s, small = s[:k], small[:, :k].contiguous()
-    parts = []
-    for _, Y in _columns(matrix, shape, device):  # (n, c): the other side, c vectors at a time
-        parts.append((Y * math.ldexp(1.0, -unit)).T @ small)
-    large = torch.cat(parts) / s if parts else small.new_zeros(max(m, width), 0)
-    Q, R = torch.linalg.qr(large)
-    large = Q * R.diagonal().sign()
-    U, V = (large, small) if m >= width else (small, large)
-    return Basis(U.cpu(), _scale(s, unit).cpu(), V.cpu())
 
 
 def eigenvectors(

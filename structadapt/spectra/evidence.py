@@ -7,8 +7,15 @@ direction gives an update of one, and it is right.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from structadapt.spectra.report import Report, Row, is_matrix, shown
+from structadapt.spectra.report import WITHOUT_BASE, Report, Row, is_matrix, shown
 
+FINE = (  # reasons to leave a tensor out that are no loss
+    "the same storage as",
+    "another tensor",
+    "trained whole beside the adapters",
+    "a buffer",
+    "no matrix",
+)
 UPDATES = ("update", "effective", "direction")
 
 
@@ -124,12 +131,13 @@ def failing(found: Iterable[Finding], asked: Iterable[str]) -> list[Finding]:
 
 
 def incomplete(report: Report) -> bool:
-    """Whether a matrix of floats was left out that should have been looked at: not what is tied to
-    another, nor what only needs a base."""
+    """Whether a matrix of floats was left out that should have been looked at, or not beside its
+    base where one was asked for: not what is tied to another, no weight, or only needs a base."""
     left_out = [entry["reason"] for entry in report.skipped if is_matrix(entry)]
-    fine = ("the same storage as", "another tensor", "trained whole beside the adapters")
-    failed = any(row["status"] == "skipped" for row in report.rows)
-    return failed or any(not reason.startswith(fine) for reason in left_out)
+    failed = any(
+        row["status"] == "skipped" or row["reason"].startswith(WITHOUT_BASE) for row in report.rows
+    )
+    return failed or any(not reason.startswith(FINE) for reason in left_out)
 
 
 def _beside(row: Row, measure: str, form: str) -> str:

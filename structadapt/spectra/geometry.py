@@ -5,6 +5,7 @@ The principal directions are the leading k = min(512, n / 8) on each side, at le
 n = 4096, as in arXiv 2511.08567.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -67,13 +68,15 @@ class Vectors:
 def lies(matrix: Matrix, W: Vectors, device: torch.device) -> dict[str, Any]:
     """NSS drift, principal angles, off-principal energy and intruders of an update over W."""
     tuned = Vectors(_whole(matrix), matrix.shape, device)
-    found: dict[str, Any] = {"nss_drift": relations.nss_drift(tuned.values, W.values)}
+    drift = relations.nss_drift(tuned.values, W.values)  # infinite over a weight of zeros
+    found: dict[str, Any] = {"nss_drift": drift if math.isfinite(drift) else None}
     (U, V), (after_U, after_V) = W.leading, tuned.leading
     if not U.shape[1] or not after_U.shape[1]:
         return found
     for side, before, after in (("left", U, after_U), ("right", V, after_V)):
         angles = relations.principal_angles(before, after)
         found[f"angle_{side}_max"] = angles.max().item()
+        found[f"angle_{side}_median"] = angles.quantile(0.5).item()
     found["intruders"] = int((W.similarity(tuned.leading_left(INTRUDERS)) < SIMILAR).sum())
     off = _off_principal(matrix, U, V)
     if off is not None:

@@ -66,6 +66,7 @@ class Matrix:
     tuned: "Matrix | None" = None  # W' where both whole checkpoints are there
     magnitude: Callable[[], Tensor] | None = None  # DoRA with a base only
     rounding: Callable[[], float] | None = None  # `step`, when it is asked for
+    lacks: str = ""  # why the base, or the model, has no weight for it that can be used
 
     @cached_property
     def step(self) -> float:
@@ -73,8 +74,9 @@ class Matrix:
 
         Rounding to a grid of step ulp adds noise of variance ulp^2 / 12, so the singular values of
         a difference below step / sqrt(12) (sqrt(out) + sqrt(in)) are rounding. It is summed up
-        while `rows` streams; asked for before that, it reads the matrix once by itself. The ulp
-        is that of the tuned value, of the base's where that is stored more coarsely.
+        while `rows` streams; asked for before that, it reads the matrix once by itself. Where both
+        are stored below float32, both may be copies of finer masters, and the squares of both ulps
+        are added; else the ulp is that of the tuned value, or of the base's where it is coarser.
         """
         return 0.0 if self.rounding is None else self.rounding()
 

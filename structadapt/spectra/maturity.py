@@ -7,11 +7,17 @@ reinforcement learning. It is a hypothesis: this prints the figures and no verdi
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from structadapt.spectra.columns import head
-from structadapt.spectra.report import Report, Row, shown, usable
-from structadapt.spectra.tables import aligned, by_type, middle
+from structadapt.spectra.report import (
+    NothingToShowError,
+    Report,
+    by_type,
+    path_shown,
+    quartiles,
+    shown,
+    usable,
+)
+from structadapt.spectra.tables import TYPES, aligned, middle
 
 RATIOS = ("effective_rank_ratio", "stable_rank_ratio", "alpha_median_ratio")
 SPIKES = ("mp_spikes", "mp_spike_energy")
@@ -20,10 +26,10 @@ TAIL = ("alpha", "alpha_n_tail", "alpha_D", "alpha_sigma", "alpha_clip_low", "al
 
 def frozen_weights(report: Report) -> list[dict[str, Any]]:
     """For every module type of the frozen weights: {module_type, count, shapes, and for each
-    statistic its median, q25 and q75}. ValueError if the report has no weight."""
+    statistic its quartiles}. NothingToShowError if the report has no weight."""
     rows = [row for row in report.rows if row["kind"] == "weight" and usable(row)]
     if not rows:
-        raise ValueError(
+        raise NothingToShowError(
             "maturity looks at frozen weights, and this source has none: give the base model alone"
         )
     return [
@@ -31,7 +37,7 @@ def frozen_weights(report: Report) -> list[dict[str, Any]]:
             "module_type": name,
             "count": len(group),
             "shapes": sorted({row["shape"] for row in group}),
-            **{column: _quartiles(group, column) for column in (*RATIOS, *SPIKES, *TAIL)},
+            **{column: quartiles(group, column) for column in (*RATIOS, *SPIKES, *TAIL)},
         }
         for name, group in by_type(rows).items()
     ]
@@ -41,8 +47,10 @@ def lines(statistics: Sequence[dict[str, Any]]) -> list[str]:
     """Two tables: beside a random matrix of the same shape, and the tail of the eigenvalues."""
     first = [["type", "n", "out x in", *(head(c) for c in (*RATIOS, *SPIKES))]]
     second = [["type", "n", *(head(c) for c in TAIL)]]
-    for entry in statistics:
-        name = middle(shown(entry["module_type"]), 30)
+    few = sorted(statistics, key=lambda entry: -entry["count"])[:TYPES]
+    left = len(statistics) - len(few)
+    for entry in statistics if not left else few:
+        name = middle(path_shown(entry["module_type"]), 30)
         shape = shown(entry["shapes"][0]) + ("*" if len(entry["shapes"]) > 1 else "")
         cells = [_range(entry[column]) for column in (*RATIOS, *SPIKES)]
         first.append([name, str(entry["count"]), shape, *cells])
@@ -52,19 +60,12 @@ def lines(statistics: Sequence[dict[str, Any]]) -> list[str]:
         "frozen weights beside Gaussian ones of the same shape: median (quartiles)",
         *aligned(first),
         *(["  * and other shapes"] if many else []),
+        *([f"  and {left} smaller types: --json has all"] if left else []),
         "",
         "power law of the eigenvalue tail: median (quartiles); low and high: with up to 9 top "
         "values left out",
         *aligned(second),
     ]
-
-
-def _quartiles(rows: Sequence[Row], column: str) -> dict[str, float] | None:
-    values = [row[column] for row in rows if row[column] is not None]
-    if not values:
-        return None
-    q = np.quantile(values, (0.5, 0.25, 0.75)).tolist()
-    return dict(zip(("median", "q25", "q75"), q, strict=True))
 
 
 def _range(found: dict[str, float] | None) -> str:

@@ -189,7 +189,7 @@ def numerical_rank(s: Tensor, shape: tuple[int, int], dtype: torch.dtype = torch
 def noise_edge(step: float, shape: tuple[int, int]) -> float:
     """The largest singular value that rounding alone gives: sqrt(step^2 / 12) (sqrt m + sqrt k).
 
-    step: root mean square of the spacing of the rounded values, `rounding_step`. Their errors are
+    step: root mean square of the spacing of the rounded values, `Matrix.step`. Their errors are
     as good as independent and uniform over one spacing, variance step^2 / 12, and the largest
     singular value of such a matrix is known (Bai & Yin 1988). Where an update moves few weights
     by a spacing at all, the edge is too high: what it counts is there.
@@ -206,17 +206,6 @@ def above_noise(s: Spectrum, edge: float) -> Tensor:
     """The singular values above the noise edge, for any measure after the cut."""
     values = _values(s)
     return values[values > edge]
-
-
-def rounding_step(stored: Tensor) -> float:
-    """Root mean square distance between neighbouring values of the dtype, at each stored value."""
-    if not stored.numel():
-        return 0.0
-    info, total = torch.finfo(stored.dtype), 0.0
-    for part in stored.detach().flatten().split(engine.CHUNK):
-        size, exponent = torch.frexp(part.to(torch.float64).abs().clamp(min=info.tiny))
-        total += torch.ldexp(torch.ones_like(size), 2 * exponent).sum().item()  # of 2^exponent
-    return info.eps / 2 * math.sqrt(total / stored.numel())
 
 
 # -- all of them -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ OF_A_PACK = re.compile(
     r"(^|[._])(scales?|scale_inv|absmax|nested_absmax|quant_map|nested_quant_map|SCB|zeros"
     r"|qzeros|zero_point|channel_scale)$"
 )
+WEIGHT = re.compile(r"(weight|kernel)(_\w+)?(\.original\d*)?$")  # of a convolution too
 PACKED = re.compile(r"u?int|bool|float(8|4|6)")
 
 
@@ -41,8 +42,14 @@ def unfit_name(key: object) -> str:
 
 def is_stack(stored: Stored) -> bool:
     """Whether a 3-D tensor is one matrix for each expert, and no kernel of a convolution."""
-    known = STACKS.search(stored.name) is not None
-    return len(stored.shape) == 3 and (known or not stored.name.endswith("weight"))
+    known = STACKS.search(stored.name) is not None or WEIGHT.search(stored.name) is None
+    return len(stored.shape) == 3 and known and not is_plane(stored)
+
+
+def is_plane(stored: Stored) -> bool:
+    """Whether a tensor is (1, a, b), as position embeddings are, and no weight of experts."""
+    known = STACKS.search(stored.name) is not None or WEIGHT.search(stored.name) is not None
+    return len(stored.shape) == 3 and stored.shape[0] == 1 and not known
 
 
 def reason_to_skip(stored: Stored, packs: set[str]) -> str:
@@ -51,6 +58,8 @@ def reason_to_skip(stored: Stored, packs: set[str]) -> str:
         return stored.problem
     if 0 in stored.shape:
         return f"empty, {' x '.join(map(str, stored.shape))}: a placeholder of a sharded model?"
+    if reason := _no_matrix(stored):
+        return reason
     if stored.dtype.startswith("float8"):
         return f"{stored.dtype}: what its scales are is not known here; convert it to bfloat16"
     if stored.dtype not in DTYPES:
@@ -59,6 +68,19 @@ def reason_to_skip(stored: Stored, packs: set[str]) -> str:
         return "belongs to a quantised weight: dequantise the checkpoint first"
     if len(stored.shape) < 2:
         return f"{len(stored.shape)}-D, no matrix"
+    return ""
+
+
+def _no_matrix(stored: Stored) -> str:
+    """Why a tensor of three dimensions or more that is no weight is no matrix, or nothing: a
+    token of vision models is (1, 1, d), a mask of GPT-2 (1, 1, n, n)."""
+    shape = stored.shape
+    if len(shape) < 3 or WEIGHT.search(stored.name):
+        return ""
+    if sum(side > 1 for side in shape) < 2:
+        return f"no matrix: {' x '.join(map(str, shape))} is a vector"
+    if len(shape) > 3 and (stored.dtype in DTYPES or shape[:2] == (1, 1)):
+        return f"no matrix: {len(shape)}-D and no weight of a convolution, a mask?"
     return ""
 
 

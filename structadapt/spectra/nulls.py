@@ -80,16 +80,17 @@ def _spectra(M: int, N: int, rank: int | None) -> Iterator[Tensor]:
     draws = min(64, max(4, WORK // max(n, 1))) if n else 1
     for _ in range(draws):
         if rank is None:
-            s = np.linalg.svd(_triangle(random, N, M), compute_uv=False) if n else np.zeros(0)
+            s = np.linalg.svd(triangle(random, N, M), compute_uv=False) if n else np.zeros(0)
         else:
-            core = _triangle(random, M, rank) @ _triangle(random, N, rank).T
+            core = triangle(random, M, rank) @ triangle(random, N, rank).T
             s = np.zeros(M)
             s[:rank] = np.linalg.svd(core, compute_uv=False)
         yield torch.from_numpy(s)
 
 
-def _triangle(random: np.random.Generator, m: int, k: int) -> np.ndarray:
-    """R (k, k) of the QR of a Gaussian matrix (m, k), m >= k (Bartlett 1933)."""
+def triangle(random: np.random.Generator, m: float, k: int) -> np.ndarray:
+    """R (k, k) of the QR of a Gaussian matrix (m, k), m >= k (Bartlett 1933): it has the same
+    singular values."""
     R = np.triu(random.standard_normal((k, k)), 1)
     R[np.diag_indices(k)] = np.sqrt(random.chisquare(m - np.arange(k)))
     return R

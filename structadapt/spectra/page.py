@@ -2,7 +2,7 @@
 
 import base64
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,15 @@ from structadapt.files import write_atomically
 from structadapt.spectra import plots, tables
 from structadapt.spectra.columns import COLUMNS, head, meaning
 from structadapt.spectra.evidence import RULES, Finding
-from structadapt.spectra.report import Report, Row, Where, shown, usable
+from structadapt.spectra.report import (
+    NothingToShowError,
+    Report,
+    Row,
+    Where,
+    path_shown,
+    shown,
+    usable,
+)
 
 STYLE = """
 body { font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif; color: #1a1a1a; max-width: 76rem;
@@ -108,9 +116,9 @@ def _findings(found: Sequence[Finding]) -> str:
     if not found:
         return "<h2>Findings</h2><p>None of those that are looked for.</p>"
     few = [["finding", "module", "evidence"]]
-    few += [[f.kind, f.name, f.evidence] for f in found[:20]]
+    few += [[f.kind, path_shown(f.name), f.evidence] for f in found[:20]]
     rest = [["finding", "module", "evidence"]]
-    rest += [[f.kind, f.name, f.evidence] for f in found[20:]]
+    rest += [[f.kind, path_shown(f.name), f.evidence] for f in found[20:]]
     more = ""
     if len(rest) > 1:
         more = f"<details><summary>{len(rest) - 1} more</summary>{_table(rest, 'text')}</details>"
@@ -138,14 +146,17 @@ def _types(report: Report) -> list[str]:
 
 
 def _pictures(report: Report, monitor: Where | None) -> list[str]:
+    parts = []
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            drawn = plots.draw(report, folder)
-            if monitor is not None:
-                drawn.append(plots.training(monitor, Path(folder) / "training.png"))
-        except (ImportError, ValueError) as error:
-            return [_paragraph(f"No pictures: {error}")]
-        return [_figure(path) for path in drawn]
+        ways: list[Callable[[], list[Path]]] = [lambda: plots.draw(report, folder)]
+        if monitor is not None:
+            ways.append(lambda: [plots.training(monitor, Path(folder) / "training.png")])
+        for draw in ways:
+            try:
+                parts += [_figure(path) for path in draw()]
+            except (ImportError, NothingToShowError) as error:
+                parts.append(_paragraph(f"No pictures: {error}"))
+    return list(dict.fromkeys(parts))
 
 
 def _figure(path: Path) -> str:

@@ -67,8 +67,9 @@ def _state_dict(path: Path, content: Any) -> tuple[Mapping[Any, Any], str]:
         raise SourceError(
             f"{path} holds a {type(content).__name__}, expected names and tensors (a state_dict)"
         )
-    tensors = any(isinstance(value, Tensor) for value in content.values())
-    for way in () if tensors else WRAPPERS:
+    tensors = [value for value in content.values() if isinstance(value, Tensor)]
+    # Beside a model lie its best loss and the state of a generator, which are no matrices.
+    for way in () if any(tensor.dim() > 1 for tensor in tensors) else WRAPPERS:
         if isinstance(content.get(way), Mapping):
             return content[way], way
     if not tensors:

@@ -20,11 +20,12 @@ from structadapt.spectra.drawing import (
     COLOURS,
     EDGE,
     GREY,
+    LEGEND,
     Lines,
     at_shares,
-    by_type,
     curve,
     drawable,
+    few_types,
     grid,
     label,
     layers_of,
@@ -33,20 +34,20 @@ from structadapt.spectra.drawing import (
     random_curves,
     written,
 )
-from structadapt.spectra.report import Report, Row
+from structadapt.spectra.report import NothingToShowError, Report, Row, by_type
 
 Where = str | os.PathLike[str]
 FEW = 12  # matrices that get a line of their own
-WIDEST = 14  # inches of a picture
+WIDEST, TALLEST = 14, 30  # inches of a picture, of a heat map without its names
 OF_UPDATES = ("participation_ratio_ratio", "topk_energy", "relative_norm")
 OF_WEIGHTS = ("effective_rank_ratio", "stable_rank_ratio", "alpha_median_ratio")
 
 
 def draw(report: Report, folder: Where) -> list[Path]:
-    """All pictures of one report, into a folder that is made: the paths. ValueError if no row has
-    anything to draw."""
+    """All pictures of one report, into a folder that is made: the paths. NothingToShowError (a
+    ValueError) if no row has anything to draw."""
     if not drawable(report):
-        raise ValueError("nothing to draw: every matrix is zero or was left out")
+        raise NothingToShowError("nothing to draw: every matrix is zero or was left out")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return [
@@ -58,7 +59,7 @@ def draw(report: Report, folder: Where) -> list[Path]:
 
 def singular_values(report: Report, path: Where) -> Path:
     """s_i / s_1, both axes logarithmic, with the band of random matrices and the noise edge."""
-    rows = drawable(report)
+    rows = few_types({"": drawable(report)})[""]
     figure, axes, x_of = _curves(rows)
     nulls = random_curves(rows)
     shares = np.geomspace(1 / max(map(len, nulls)), 1, 400)
@@ -82,21 +83,22 @@ def singular_values(report: Report, path: Where) -> Path:
 
 def energy(report: Report, path: Where) -> Path:
     """The share of the energy in the i largest singular values, with k90 and k99."""
-    rows = drawable(report)
+    rows = few_types({"": drawable(report)})[""]
     figure, axes, x_of = _curves(rows)
     found = []
     for row in rows:
         e = np.nan_to_num(curve(report, row)) ** 2
         found.append(e.cumsum() / e.sum())
     handles = _lines(axes, rows, found, x_of)
-    colours = {h.get_label(): h.get_color() for h in handles}
+    groups = _named(rows)
+    style = Lines(groups)
     for level, column, marker in ((0.9, "k90", "o"), (0.99, "k99", "D")):
         axes.axhline(level, color=GREY, linewidth=0.8, zorder=0)
-        for name, group in _named(rows).items():
+        for name, group in groups.items():
             ks = [r[column] / (1 if x_of is _index else r["max_rank"]) for r in group if r[column]]
             if ks:
                 place = float(np.median(ks)), level
-                axes.plot(*place, marker, color=colours[label(name)], markersize=6, clip_on=False)
+                axes.plot(*place, marker, color=style[name]["color"], markersize=6, clip_on=False)
     axes.plot([], [], "o", color="#555555", label="k90, 90 % of the energy")
     axes.plot([], [], "D", color="#555555", label="k99, 99 %")
     ticks = [0, 0.25, 0.5, 0.75, 0.9, 0.99]
@@ -110,16 +112,16 @@ def heatmap(
     reports: Mapping[str, Report], path: Where, measures: Sequence[str] | None = None
 ) -> Path:
     """Layer by module type, one picture a measure and report; one scale for all reports."""
-    rows = {name: drawable(report) for name, report in reports.items()}
+    rows = few_types({name: drawable(report) for name, report in reports.items()})
     every = [row for group in rows.values() for row in group]
     if not every:
-        raise ValueError("nothing to draw: every matrix is zero or was left out")
+        raise NothingToShowError("nothing to draw: every matrix is zero or was left out")
     kinds = {row["kind"] for row in every}
     wanted = measures or (OF_WEIGHTS if kinds == {"weight"} else OF_UPDATES)
     wanted = [m for m in wanted if any(row[m] is not None for row in every)]
     types, layers = list(by_type(every)), layers_of(every)
     wide = max(2.6, 0.62 * len(types)) + 1.3
-    tall = max(1.6, 0.24 * len(layers)) + 0.9 + 0.075 * max(map(len, types))
+    tall = min(max(1.6, 0.24 * len(layers)), TALLEST) + 0.9 + 0.075 * max(map(len, types))
     below = len(rows) == 1 and wide * len(wanted) > WIDEST  # one picture below the other
     down, across = (len(wanted), 1) if below else (len(rows), len(wanted))
     figure = new_figure(wide * across, tall * down)
@@ -141,7 +143,7 @@ def comparison(reports: Mapping[str, Report], path: Where) -> Path:
     rows = {name: drawable(report) for name, report in reports.items()}
     every = [row for group in rows.values() for row in group]
     if not every:
-        raise ValueError("nothing to draw: every matrix is zero or was left out")
+        raise NothingToShowError("nothing to draw: every matrix is zero or was left out")
     wanted = ["effective_rank", "participation_ratio", "topk_energy", "relative_norm"]
     if not any(row["relative_norm"] is not None for row in every):
         wanted[-1] = "frobenius_norm"
@@ -165,7 +167,7 @@ def comparison(reports: Mapping[str, Report], path: Where) -> Path:
 
 def training(path: Where, picture: Where) -> Path:
     """The curves of a run from its monitor.jsonl: medians over modules with 10-90 % bands, and
-    marks where a state began. ValueError for a file that is no log of a monitor."""
+    marks where a state began. NothingToShowError for a file that is no log of a monitor."""
     records = _records(path)
     steps = [record["step"] for record in records]
     figure = new_figure(9, 6)
@@ -198,7 +200,7 @@ def _records(path: Where) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             break
     if not found:
-        raise ValueError(f"{path} holds no reading of a monitor")
+        raise NothingToShowError(f"{path} holds no reading of a monitor")
     return found
 
 
@@ -254,6 +256,9 @@ def _lines(axes: Any, rows: Sequence[Row], found: Sequence[np.ndarray], x_of: An
         middle = np.median([at_shares(values[id(row)], shares) for row in group], 0)
         x = shares * shortest if x_of is _index else shares
         handles += axes.plot(x, middle, linewidth=2, **own)
+    if len(handles) > LEGEND:
+        words = f"and {len(handles) - LEGEND + 1} more"
+        handles = handles[: LEGEND - 1] + axes.plot([], [], linestyle="", label=words)
     return handles
 
 
@@ -281,7 +286,7 @@ def _heat(axes: Any, values: np.ndarray, layers: Any, types: Any, low: float, hi
                     ha="right", rotation_mode="anchor")  # fmt: skip
     axes.set_ylabel("layer")
     for (i, j), value in np.ndenumerate(values):
-        if np.isfinite(value):
+        if np.isfinite(value) and 0.2 * len(layers) < TALLEST:  # else it would not fit
             light = high > low and (value - low) / (high - low) < 0.5
             axes.text(j, i, f"{value:#.2g}".rstrip("."), ha="center", va="center", fontsize=7,
                       color="white" if light else "black")  # fmt: skip

@@ -65,22 +65,6 @@ def alpha_median(eigenvalues: Eigenvalues, threshold: float | None = None) -> fl
     return float(1 + len(tail) / excess) if excess > 0 else None
 
 
-def hill(
-    eigenvalues: Eigenvalues, k: int | None = None, threshold: float | None = None
-) -> float | None:
-    """Hill's estimator (k - 1) / sum_{i<k} ln(e_i / e_k) of the tail index over the k largest
-    eigenvalues (Hill 1975): about alpha - 1, and half of what the same formula gives for singular
-    values. k: a tenth of the eigenvalues, at least 10, unless given. ValueError for k < 2."""
-    log = _log_above(eigenvalues, threshold)
-    k = max(LEAST, len(log) // 10) if k is None else k
-    if k < 2:
-        raise ValueError(f"k must be at least 2, got {k}")
-    if len(log) < k:
-        return None
-    excess = (log[-k:] - log[-k]).sum()
-    return float((k - 1) / excess) if excess > 0 else None
-
-
 def summary(s: Eigenvalues, threshold: float | None = None) -> dict[str, float | int | None]:
     """Everything of this file, from singular values s, by the names that a report uses."""
     eigenvalues = np.square(_array(s))

@@ -1,5 +1,7 @@
 """How far an analysis is: weighed by the work of each matrix, on a terminal only."""
 
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -37,8 +39,15 @@ class Meter:
         self.last = now
         left = f"{duration((now - self.began) * (1 - share) / share)} left" if share > 0 else ""
         line = f"{done}/{total}  {share:4.0%}  {left:>12}  {shown(name)}"
-        self.stream.write(f"\r\x1b[K{line[:100]}")
+        self.stream.write(f"\r\x1b[K{line[: self._columns() - 1]}")
         self.stream.flush()
+
+    def _columns(self) -> int:
+        """The width of the terminal: a line that breaks could not be taken away."""
+        try:
+            return os.get_terminal_size(self.stream.fileno()).columns or 80
+        except (OSError, ValueError):
+            return shutil.get_terminal_size().columns
 
     def close(self) -> None:
         """Take the line away."""

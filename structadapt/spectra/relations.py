@@ -1,6 +1,6 @@
 """How a tuned matrix W+ = W + dW differs from its base W, and two updates from each other.
 
-U, V are orthonormal columns of singular vectors, as in `engine.Basis`: U (m, j) on the side of the
+U, V are orthonormal columns of singular vectors: U (m, j) on the side of the
 outputs, V (k, j) of the inputs. Everything is computed in float64: angles after reinforcement
 learning are below half a degree, and single precision has a floor of 1e-2 degrees by cosines.
 """
@@ -137,19 +137,6 @@ def _energy(X: Tensor) -> float:
     return X.square().sum().item()
 
 
-def intruder_dimensions(tuned: Tensor, base: Tensor, k: int = 10, epsilon: float = 0.5) -> int:
-    """How many of the k leading left singular vectors of W+ are like none of W: the count of
-    j <= k with max_i |u_i(W) . u_j(W+)| < epsilon (Shuttleworth et al. 2024, arXiv 2410.21228).
-
-    tuned: left singular vectors of W+ (m, at least k), leading first. base: ALL left singular
-    vectors of W (m, n): with fewer, every vector outside their span counts.
-    """
-    similar = (base.detach().double().T @ tuned[:, :k].detach().double()).abs()
-    if not similar.numel():
-        return similar.shape[1]
-    return int((similar.amax(0) < epsilon).sum())
-
-
 # -- entries ---------------------------------------------------------------------------------------
 
 
@@ -184,33 +171,3 @@ def update_sparsity(
         count += int(changed(a, b, eta).sum())
         total += a.numel()
     return 1 - count / total if total else 0.0
-
-
-def mask_overlap(reference: Tensor, mask: Tensor) -> float:
-    """|reference and mask| / |reference| of two masks (arXiv 2606.07082): the share of the
-    changed entries that lie on a mask. At random, the mask's share of all entries. 0.0 if the
-    reference is empty."""
-    if reference.shape != mask.shape:
-        raise ValueError(f"shapes {tuple(reference.shape)} and {tuple(mask.shape)} differ")
-    count = int(reference.sum())
-    return int((reference & mask).sum()) / count if count else 0.0
-
-
-def principal_mask(U: Tensor, s: Tensor, V: Tensor, share: float = 0.5) -> Tensor:
-    """Mask of the `share` of entries that are largest, without sign, in U diag(s) V^T, a matrix's
-    part of low rank (rank 64 and half of the entries in arXiv 2606.07082)."""
-    return _top((U * s) @ V.T, share)
-
-
-def low_magnitude_mask(base: Tensor, share: float = 0.5) -> Tensor:
-    """Mask of the `share` of a matrix's entries that are smallest, without sign."""
-    return _top(-base.detach().abs(), share, signed=True)
-
-
-def _top(X: Tensor, share: float, signed: bool = False) -> Tensor:
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be above 0 and at most 1, got {share}")
-    values = (X if signed else X.abs()).flatten()
-    mask = torch.zeros_like(values, dtype=torch.bool)
-    mask[values.topk(round(share * len(values))).indices] = True
-    return mask.view(X.shape)

@@ -19,7 +19,13 @@ from structadapt.spectra.columns import COLUMNS, CONVENTIONS, SCHEMA
 
 Row = dict[str, Any]
 Where = str | os.PathLike[str]
+WITHOUT_BASE = "without its base: "  # a row's reason, where one was asked for
+NAMELESS = "(no name)"
 SAVED = ("report.json", "spectra.safetensors")
+
+
+class NothingToShowError(ValueError):
+    """A report without what one of its outputs shows, which is no fault of it."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,14 @@ class Report:
         write_atomically(Path(path), f"{text}\n".encode("utf-8", "backslashreplace"))
 
     def to_csv(self, path: Where) -> None:
-        """Write one line a matrix under a line of column names; an empty cell is None."""
+        """Write one line a matrix under a line of column names; an empty cell is None. A text that
+        a spreadsheet would take for a formula, such as a name with = in front, begins with '."""
         file = io.StringIO(newline="")
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows({**r, "shape": "x".join(map(str, r["shape"]))} for r in self.rows)
+        for row in self.rows:
+            texts = {c: _no_formula(v) for c, v in row.items() if isinstance(v, str)}
+            writer.writerow({**row, **texts, "shape": "x".join(map(str, row["shape"]))})
         write_atomically(Path(path), file.getvalue().encode("utf-8", "backslashreplace"))
 
     def to_pandas(self) -> Any:
@@ -144,15 +153,27 @@ def usable(row: Row) -> bool:
     return row["status"] != "skipped"
 
 
+def by_type(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each module type."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["module_type"]].append(row)
+    return groups
+
+
 def spread(rows: list[Row]) -> dict[str, dict[str, float]]:
-    """{measure: {median, q25, q75, low, high}} of every numeric column."""
-    found = {}
-    for column in COLUMNS:
-        values = [row[column] for row in rows if isinstance(row[column], int | float)]
-        if values and column != "layer":
-            q = np.quantile(values, (0.5, 0.25, 0.75, 0, 1)).tolist()
-            found[column] = dict(zip(("median", "q25", "q75", "low", "high"), q, strict=True))
-    return found
+    """`quartiles` of every numeric column."""
+    found = {column: quartiles(rows, column) for column in COLUMNS if column != "layer"}
+    return {column: values for column, values in found.items() if values is not None}
+
+
+def quartiles(rows: Iterable[Row], column: str) -> dict[str, float] | None:
+    """{median, q25, q75, low, high} of one column over the rows that have a number there."""
+    values = [row[column] for row in rows if isinstance(row[column], int | float)]
+    if not values:
+        return None
+    q = np.quantile(values, (0.5, 0.25, 0.75, 0, 1)).tolist()
+    return dict(zip(("median", "q25", "q75", "low", "high"), q, strict=True))
 
 
 def shown(value: Any, digits: int = 4) -> str:
@@ -164,6 +185,16 @@ def shown(value: Any, digits: int = 4) -> str:
     if isinstance(value, float):
         return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+
+
+def path_shown(name: str) -> str:
+    """The path of a module in a cell: that of a matrix by itself is empty."""
+    text = shown(name)
+    return text if text.strip() else NAMELESS
+
+
+def _no_formula(text: str) -> str:
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _plain(value: Any) -> Any:

@@ -14,18 +14,13 @@ from structadapt.spectra import engine, marchenko_pastur, measures, nulls, power
 from structadapt.spectra.columns import COLUMNS, NULLED
 from structadapt.spectra.geometry import Vectors, lies
 from structadapt.spectra.places import Place
-from structadapt.spectra.report import Row
+from structadapt.spectra.report import WITHOUT_BASE, Row
 from structadapt.spectra.sources import Matrix
 
 # What one matrix may raise without an end to the run: files that changed, values that are not
-# finite, an iteration that does not converge, no memory for this one.
-FAULTS = (
-    ValueError,
-    OSError,
-    torch.linalg.LinAlgError,  # pyright: ignore[reportPrivateImportUsage]
-    torch.OutOfMemoryError,
-    MemoryError,
-)
+# finite, an iteration that does not converge, no memory for this one. The last two are of
+# RuntimeError, as are what torch raises without memory on the CPU and errors of CUDA's libraries.
+FAULTS = (ValueError, OSError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -87,13 +82,15 @@ def _found(matrix: Matrix, place: Place, weight: Weight | None, settings: Settin
         if settings.strict:
             raise
         return Found({**row, "status": "skipped", "reason": _words(error)})
+    if matrix.lacks:
+        row.update(status="partial", reason=f"{WITHOUT_BASE}{matrix.lacks}")
     if weight is not None:
         try:
             row.update(_beside(spectrum.s, matrix, weight))
         except FAULTS as error:
             if settings.strict:
                 raise
-            row.update(status="partial", reason=f"without its base: {_words(error)}")
+            row.update(status="partial", reason=f"{WITHOUT_BASE}{_words(error)}")
     row["seconds"] = time.perf_counter() - began
     return Found(row, spectrum.s)
 
@@ -104,10 +101,9 @@ def _blank(matrix: Matrix, place: Place) -> Row:
         row[field] = getattr(matrix, field)
     row.update(layer=place[0], module_type=place[1], n_elements=math.prod(matrix.shape))
     row.update(max_rank=_max_rank(matrix), status="ok", reason="")
-    if matrix.kind == "direction":
-        row["reason"] = "direction only: the whole update depends on W, pass base="
-        row["status"] = "partial" if matrix.base is None else "ok"
-        row["reason"] = "" if matrix.base is not None else row["reason"]
+    if matrix.kind == "direction" and matrix.base is None:
+        words = "direction only: the whole update depends on W, pass base="
+        row.update(status="partial", reason=words)
     return row
 
 
@@ -131,18 +127,29 @@ def _own(spectrum: engine.Spectrum, matrix: Matrix, max_rank: int) -> dict[str, 
     double = matrix.dtype == "float64"
     dtype = torch.float64 if double else torch.float32
     edge = measures.noise_edge(matrix.step, matrix.shape)
-    found = {
+    found: dict[str, Any] = {
         **measures.summary(spectrum.s, matrix.shape, dtype, edge),
         **powerlaw.summary(spectrum.s),
         **marchenko_pastur.summary(spectrum.s, matrix.shape),
         "method": spectrum.method,
         "sigma_floor": spectrum.floor,
     }
+    if _hidden(spectrum, found["spectral_norm"] * max(matrix.shape) * torch.finfo(dtype).eps):
+        words = "no numerical_rank: values lie below sigma_floor, which method svd can see"
+        found.update(numerical_rank=None, status="partial", reason=words)
+    if max_rank < min(matrix.shape):  # a shuffle of the entries has full rank: no null of factors
+        found.update(mp_spikes=None, mp_spike_energy=None)
     if found["condition"] is not None and math.isinf(found["condition"]):
         found["condition"] = None
     if found["frobenius_norm"]:
         found.update(_random(found, matrix.shape, max_rank))
     return found
+
+
+def _hidden(spectrum: engine.Spectrum, threshold: float) -> bool:
+    """Whether values above a threshold may be among those that the Gram matrix cannot see."""
+    gram = spectrum.method == "gram" and spectrum.below_floor > 0
+    return gram and spectrum.floor > threshold
 
 
 def _random(found: dict[str, Any], shape: tuple[int, int], max_rank: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from structadapt.spectra.matrix import (
 from structadapt.spectra.names import (
     Patterns,
     chosen_by,
+    is_plane,
     is_stack,
     module_path,
     packs_of,
@@ -138,7 +139,9 @@ def _planes(
             continue
         if stored.tie is not None and chosen(name):
             ties[stored.tie] = name
-        if is_stack(stored):
+        if is_plane(stored):
+            planes = {name: replace(expert(stored, 0), name=stored.name)}
+        elif is_stack(stored):
             stacks += 1
             planes = {f"{name}.{i}": expert(stored, i) for i in range(stored.shape[0])}
         else:
@@ -277,9 +280,11 @@ def _add_updates(updates: list[Update], bases: "_Bases | None", opened: Opened) 
                 Skipped(update.name, update.shape, some.dtype, some.source, str(error))
             )
             continue
+        matrices = matrices_of(update, stored)
         if isinstance(found, str):
             opened.notes.append(f"{update.name}: {found}")
-        opened.matrices.extend(matrices_of(update, stored))
+            matrices = [replace(matrix, lacks=found) for matrix in matrices]
+        opened.matrices.extend(matrices)
         alone += stored is None and not update.adapter.additive
     if alone:
         opened.notes.append(

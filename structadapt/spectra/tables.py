@@ -1,17 +1,28 @@
 """A report on a terminal: what was read, what was left out and why, the worst, then the types."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from structadapt.spectra.columns import head
 from structadapt.spectra.evidence import Finding
-from structadapt.spectra.report import Report, Row, is_matrix, shown, usable
+from structadapt.spectra.report import (
+    Report,
+    Row,
+    by_type,
+    is_matrix,
+    path_shown,
+    quartiles,
+    shown,
+    usable,
+)
 
 WORST = 5  # modules that are named
 NAMES = 3  # named of many that were left out for one reason
+TYPES = 40  # rows of a table of types on a terminal
+REASONS = 12  # lines of reasons: some name a place in a file, and there are as many as matrices
 
 
 class Measure(NamedTuple):
@@ -62,8 +73,11 @@ def screen(report: Report, found: Sequence[Finding], colour: bool = False) -> st
         rows = [row for row in report.rows if row["kind"] == kind and usable(row)]
         title = bold(f"{PLURALS[kind]}: worst of {len(rows)}", colour)
         lines += ["", title, *aligned(worst_cells(rows))]
-    for kind, table in type_cells(report):
+    for kind, table in type_cells(report, TYPES):
         lines += ["", bold(f"{PLURALS[kind]} by module type", colour), *aligned(table)]
+        rows = [row for row in report.rows if row["kind"] == kind and usable(row)]
+        left = len(by_type(rows)) + 2 - len(table)
+        lines += [f"  and {left} smaller types: --csv and --html have all"] if left else []
     return "\n".join(lines)
 
 
@@ -99,17 +113,25 @@ def coverage(report: Report) -> list[str]:
     lines = [f"coverage: {len(done)} of {len(total)} matrices"]
     groups: dict[str, list[str]] = defaultdict(list)
     for entry in [*failed, *report.skipped]:
-        groups[entry["reason"]].append(f"{entry['name']} ({shown(entry['shape'])})")
-    for reason, names in groups.items():
+        groups[entry["reason"]].append(f"{path_shown(entry['name'])} ({shown(entry['shape'])})")
+    for reason, names in list(groups.items())[:REASONS]:
         more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
         few = ", ".join(shown(name) for name in names[:NAMES])
         lines.append(f"  left out: {few}{more}: {shown(reason)}")
+    if len(groups) > REASONS:
+        rest = list(groups.values())[REASONS:]
+        lines.append(f"  left out: {sum(map(len, rest))} more for {len(rest)} other reasons")
     partial = _counted(
         row["reason"]
         for row in report.rows
         if row["status"] == "partial" and row["kind"] != "direction"  # a note says that
     )
-    return lines + [f"  in part: {count} rows: {why}" for why, count in partial.items()]
+    reasons = list(partial.items())
+    lines += [f"  in part: {count} rows: {shown(why)}" for why, count in reasons[:REASONS]]
+    if rest := reasons[REASONS:]:
+        count = sum(count for _, count in rest)
+        lines.append(f"  in part: {count} more rows for {len(rest)} other reasons")
+    return lines
 
 
 def worst_cells(rows: Sequence[Row]) -> list[list[str]]:
@@ -121,7 +143,7 @@ def worst_cells(rows: Sequence[Row]) -> list[list[str]]:
     table = [["module", "out x in", *map(head, columns)]]
     for row in first:
         cells = [shown(row[column], 3) or "-" for column in columns]
-        table.append([middle(shown(row["name"])), shown(row["shape"]), *cells])
+        table.append([middle(path_shown(row["name"])), shown(row["shape"]), *cells])
     return table
 
 
@@ -130,7 +152,8 @@ def named(found: Sequence[Finding]) -> list[str]:
     lines = []
     for kind in dict.fromkeys(f.kind for f in found):
         of_kind = [f for f in found if f.kind == kind]
-        lines += [f"  {kind:13} {middle(shown(f.name))}: {f.evidence}" for f in of_kind[:NAMES]]
+        for f in of_kind[:NAMES]:
+            lines.append(f"  {kind:13} {middle(path_shown(f.name))}: {f.evidence}")
         if len(of_kind) > NAMES:
             lines.append(f"  {kind:13} and {len(of_kind) - NAMES} more")
     return lines
@@ -140,8 +163,9 @@ def counts(found: Sequence[Finding]) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in _counted(f.kind for f in found).items())
 
 
-def type_cells(report: Report) -> list[tuple[str, list[list[str]]]]:
-    """(kind, rows of cells, two of them heads): module type x median, IQR and worst layer."""
+def type_cells(report: Report, most: int = 2**31) -> list[tuple[str, list[list[str]]]]:
+    """(kind, rows of cells, two of them heads): module type x median, IQR and worst layer, of so
+    many types at most, those with the most matrices."""
     tables = []
     for kind in dict.fromkeys(row["kind"] for row in report.rows if usable(row)):
         rows = [row for row in report.rows if row["kind"] == kind and usable(row)]
@@ -152,18 +176,17 @@ def type_cells(report: Report) -> list[tuple[str, list[list[str]]]]:
         table.append(
             ["type", "n", *(cell for m in measures for cell in ("median", "IQR", ends[m.worst]))]
         )
-        for name, group in by_type(rows).items():
+        for name, group in largest(by_type(rows), most).items():
             cells = [cell for m in measures for cell in _spread(group, *m)]
-            table.append([middle(shown(name), 30), str(len(group)), *cells])
+            table.append([middle(path_shown(name), 30), str(len(group)), *cells])
         tables.append((kind, table))
     return tables
 
 
-def by_type(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row["module_type"]].append(row)
-    return groups
+def largest(groups: Mapping[str, list[Row]], most: int) -> dict[str, list[Row]]:
+    """The groups of the most rows, at most so many, in the order they came in."""
+    first = set(sorted(groups, key=lambda name: -len(groups[name]))[:most])
+    return {name: rows for name, rows in groups.items() if name in first}
 
 
 def _spread(rows: list[Row], name: str, end: str) -> list[str]:
@@ -171,11 +194,12 @@ def _spread(rows: list[Row], name: str, end: str) -> list[str]:
     with_value = [row for row in rows if row[name] is not None]
     if not with_value:
         return ["-", "", ""]
-    low, median, high = np.quantile([row[name] for row in with_value], (0.25, 0.5, 0.75))
+    q = quartiles(with_value, name)
+    assert q is not None
     row = (max if end == "high" else min)(with_value, key=lambda row: row[name])
     layer = "" if row["layer"] is None else f" L{row['layer']}"
-    spread = f"{shown(float(low), 2)}-{shown(float(high), 2)}" if len(with_value) > 1 else ""
-    return [shown(float(median), 3), spread, f"{shown(row[name], 3)}{layer}"]
+    spread = f"{shown(q['q25'], 2)}-{shown(q['q75'], 2)}" if len(with_value) > 1 else ""
+    return [shown(q["median"], 3), spread, f"{shown(row[name], 3)}{layer}"]
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
