@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from structadapt.spectra.columns import table
 from structadapt.spectra.evidence import RULES
@@ -23,3 +27,14 @@ def test_the_table_is_the_committed_measurement():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.table(json.loads(module.RESULTS.read_text())) in TEXT
+
+
+@pytest.mark.parametrize("name", ["spectra_cpu", "monitor_cpu"])
+def test_the_benchmark_runs(name):
+    """Small, in a process of its own, and nothing that is committed changes."""
+    committed = ROOT / "docs" / "results" / f"{name}.json"
+    before = committed.read_bytes()
+    program = [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--smoke"]
+    done = subprocess.run(program, check=True, capture_output=True, text=True)
+    assert done.stdout.count("\n|") >= 2 or done.stdout.startswith("|")
+    assert committed.read_bytes() == before
