@@ -24,7 +24,7 @@ from structadapt.grpo.output_head import OutputHead
 MASK_NAMES, POSITION_NAMES = ("attention_mask", "mask"), ("position_ids", "positions")
 CACHE_NAMES = ("past_key_values", "cache")
 
-PARTS, SMALL = 4, 512  # of `finish`: its groups, and how many tokens are not worth them
+PARTS, SMALL, WORTH = 4, 512, 0.8  # of `finish`: its groups, and what is not worth them
 
 
 class Network:
@@ -112,9 +112,13 @@ class Network:
         if self.ids is not None or not _is_plain(self.cache) or N * L < SMALL:
             return self.extend(ids, mask)
         order, past = lengths.argsort(descending=True), mask.shape[1] - L
+        groups = order.tensor_split(min(PARTS, N))
+        widths = [max(int(lengths[rows].amax()), 1) for rows in groups]
+        apart = sum(len(rows) * width for rows, width in zip(groups, widths, strict=True))
+        if apart > WORTH * N * L:
+            return self.extend(ids, mask)
         found = []
-        for rows in order.tensor_split(min(PARTS, N)):
-            width = max(int(lengths[rows].amax()), 1)
+        for rows, width in zip(groups, widths, strict=True):
             part = copy.copy(self)
             part.cache = _take_rows(_apart(self.cache), rows)
             out = part.extend(ids[rows, :width], mask[rows, : past + width])
