@@ -192,7 +192,7 @@ def _over_completions(
     logits = network.start(rollout.prompt, rollout.prompt_mask, share_prompts)[:, None]
     if not new.shape[1]:
         return logits
-    if processes.sharded(list(model.parameters())):  # as many calls on every process
+    if processes.sharded(model.parameters()):  # as many calls on every process
         return torch.cat([logits, network.extend(new, mask)], 1)
     return torch.cat([logits, network.finish(new, mask, rollout.mask[:, 1:].sum(1))], 1)
 

@@ -33,8 +33,8 @@ def write(tensors: dict[str, Tensor], folder: Path) -> dict[str, str]:
     files. All processes call this together."""
     from torch.distributed.checkpoint.state_dict_saver import save  # its import is felt
 
-    save(tensors, checkpoint_id=folder, no_dist=processes.rank_and_size()[1] == 1)
     rank, size = processes.rank_and_size()
+    save(tensors, checkpoint_id=folder, no_dist=size == 1)
     own = {p.name: _digest(p) for p in sorted(folder.iterdir())[rank::size]}
     return {name: digest for some in processes.gather(own) for name, digest in some.items()}
 
