@@ -1,4 +1,4 @@
-"""The command line: structadapt grpo | preflight | spectra."""
+"""The command line: structadapt grpo | preflight | spectra | study."""
 
 import argparse
 import sys
@@ -10,6 +10,7 @@ from structadapt.examples import grpo as grpo_example
 from structadapt.examples import preflight as preflight_example
 from structadapt.examples.options import add_arguments
 from structadapt.spectra import command as spectra_command
+from structadapt.study import command as study_command
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     spectra_command.add_arguments(command)
     command.set_defaults(run=spectra_command.main)
+
+    command = commands.add_parser(
+        "study",
+        help="which adapter, rank, scale and learning rate survive: grids of runs",
+        description=study_command.__doc__,
+        formatter_class=raw,
+    )
+    study_command.add_arguments(command)
+    command.set_defaults(run=study_command.main)
 
     options = parser.parse_args(arguments)
     try:

@@ -19,7 +19,7 @@ def peak_memory_mib() -> float | None:
 
 
 @contextlib.contextmanager
-def first_interrupt() -> Iterator[Callable[[], bool]]:
+def first_interrupt(quiet: bool = False) -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a flag, so that a step ends whole; the second one interrupts."""
     seen: list[int] = []
 
@@ -27,7 +27,8 @@ def first_interrupt() -> Iterator[Callable[[], bool]]:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        if not quiet:
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

@@ -99,16 +99,22 @@ def load(name: str | None, device: str, dtype: torch.dtype) -> tuple[nn.Module, 
     return model.to(device), tokenizer
 
 
-def grpo_config(model: Any, tokenizer: Any, args: argparse.Namespace) -> sa.grpo.Config:
-    """How to sample and update. The pad token is an end-of-sequence token in many models."""
+def end_tokens(model: Any, tokenizer: Any) -> tuple[int | list[int], int]:
+    """(end of sequence, padding) of a model of transformers; they are the same token in many."""
     eos = model.generation_config.eos_token_id
     eos = tokenizer.eos_token_id if eos is None else eos
     if eos is None:
         raise ValueError("the model names no end-of-sequence token")
     first = eos if isinstance(eos, int) else eos[0]
+    return eos, first if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def grpo_config(model: Any, tokenizer: Any, args: argparse.Namespace) -> sa.grpo.Config:
+    """How to sample and update."""
+    eos, pad = end_tokens(model, tokenizer)
     return sa.grpo.Config(
         eos_token_id=eos,
-        pad_token_id=first if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_token_id=pad,
         group_size=args.group_size,
         prompts_per_step=args.prompts_per_step,
         max_new_tokens=NEW_TOKENS,

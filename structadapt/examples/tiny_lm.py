@@ -129,16 +129,15 @@ def cold_start(
     model: TinyLM,
     accuracy: Callable[[], float],
     target: float,
-    seed: int,
+    source: Iterator[dict[str, str]],
     max_steps: int = 400,
 ) -> Iterator[tuple[int, float, float | None]]:
-    """Supervised steps until `accuracy()` reaches `target`, looked at every five steps.
+    """Supervised steps on problems of `source`, whose prompts are PROMPT_TOKENS long and whose
+    answers are of one length, until `accuracy()` reaches `target`, looked at every five steps.
 
     Yields (step, loss, accuracy or None). The model then solves some problems, so that rewards
     differ within groups, and GRPO has something to go on.
     """
-    rng = random.Random(f"cold start {seed}")
-    source = problems(rng, held_out=False, curriculum=True)
     tokenizer = CharTokenizer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, 1.0, total_iters=50)

@@ -1,12 +1,12 @@
 """A report as one HTML file: no script, nothing fetched, pictures within, every name escaped."""
 
-import base64
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from structadapt import markup
 from structadapt.files import write_atomically
 from structadapt.spectra import plots, tables
 from structadapt.spectra.columns import COLUMNS, head, meaning
@@ -21,21 +21,6 @@ from structadapt.spectra.report import (
     usable,
 )
 
-STYLE = """
-body { font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif; color: #1a1a1a; max-width: 76rem;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
-         white-space: nowrap; }
-th { background: #f3f3f3; font-weight: 600; }
-th:first-child, td:first-child, .text td, .text th { text-align: left; }
-.text td { white-space: normal; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; } figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
-figcaption, .quiet { color: #555; font-size: 13px; } summary { cursor: pointer; margin: .6rem 0; }
-@media print { details { display: block; } }
-"""
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 CAPTIONS = {
     "singular_values": "Singular values beside the largest. Grey: random matrices of the same "
     "shapes (and the same rank, of updates in factors). Dash-dotted: below this edge a difference "
@@ -68,18 +53,7 @@ def write(
         parts.append(f"<h2>Frozen weights</h2><div class=wide><pre>{_lines(maturity)}</pre></div>")
     parts += ["<h2>Pictures</h2>", *_pictures(report, monitor), *_modules(report.rows)]
     parts += [_glossary(report.rows), _origin(report)]
-    write_atomically(Path(path), _page(title, parts).encode("utf-8", "xmlcharrefreplace"))
-
-
-def _page(title: str, parts: Iterable[str]) -> str:
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f'<meta name="viewport" content="width=device-width">\n'
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
+    write_atomically(Path(path), markup.document(shown(title), parts))
 
 
 def _text(value: Any) -> str:
@@ -91,17 +65,11 @@ def _lines(lines: Iterable[str]) -> str:
 
 
 def _paragraph(line: str) -> str:
-    return f"<p>{_text(line)}</p>"
+    return markup.paragraph(shown(line))
 
 
 def _table(rows: Sequence[Sequence[Any]], kind: str = "", heads: int = 1) -> str:
-    """The first `heads` rows are heads."""
-    lines = []
-    for i, row in enumerate(rows):
-        tag = "th" if i < heads else "td"
-        lines.append("<tr>" + "".join(f"<{tag}>{_text(c)}</{tag}>" for c in row) + "</tr>")
-    classes = f' class="{kind}"' if kind else ""
-    return f"<div class=wide><table{classes}>{''.join(lines)}</table></div>"
+    return markup.table([[shown(cell) for cell in row] for row in rows], kind, heads)
 
 
 def _coverage(report: Report) -> str:
@@ -121,7 +89,7 @@ def _findings(found: Sequence[Finding]) -> str:
     rest += [[f.kind, path_shown(f.name), f.evidence] for f in found[20:]]
     more = ""
     if len(rest) > 1:
-        more = f"<details><summary>{len(rest) - 1} more</summary>{_table(rest, 'text')}</details>"
+        more = markup.folded(f"{len(rest) - 1} more", _table(rest, "text"))
     kinds = "; ".join(f"{k}: {RULES[k][0]}" for k in RULES if any(f.kind == k for f in found))
     title = f"<h2>Findings: {_text(tables.counts(found))}</h2>"
     quiet = f'<p class="quiet">{_text(kinds)}. Evidence, not verdicts.</p>'
@@ -160,10 +128,7 @@ def _pictures(report: Report, monitor: Where | None) -> list[str]:
 
 
 def _figure(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    words = _text(CAPTIONS[path.stem])
-    image = f'<img alt="{words}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
+    return markup.figure(path, CAPTIONS[path.stem])
 
 
 def _modules(rows: Sequence[Row]) -> list[str]:
@@ -171,7 +136,7 @@ def _modules(rows: Sequence[Row]) -> list[str]:
     cells = [list(map(head, columns))]
     cells += [[shown(row[column]) for column in columns] for row in rows]
     what = f"All {len(rows)} matrices, all measures"
-    return [f"<h2>Modules</h2><details><summary>{what}</summary>{_table(cells)}</details>"]
+    return ["<h2>Modules</h2>" + markup.folded(what, _table(cells))]
 
 
 def _glossary(rows: Sequence[Row]) -> str:
@@ -182,7 +147,7 @@ def _glossary(rows: Sequence[Row]) -> str:
         "W' = W + dW; angles in degrees, shares from 0 to 1."
     )
     table = _paragraph(intro) + _table(cells, "text")
-    return f"<details><summary>What the columns mean</summary>{table}</details>"
+    return markup.folded("What the columns mean", table)
 
 
 def _filled(rows: Sequence[Row]) -> list[str]:

@@ -1,0 +1,219 @@
+"""Rerun the question of "Structure Over Scale": which adapter, rank and scale survive GRPO.
+
+    structadapt study run small --out runs/small         96 runs, under 15 minutes on two cores
+    structadapt study status runs/small                  what is done, and what failed
+    structadapt study report runs/small                  report.html and report.md in that folder
+
+A grid is a TOML file, or a shipped one: small, full (docs/study.md) and paper (three 8B models).
+Every run of it has a folder of its own. The same command goes on where it was stopped: what is
+done is left alone, and a run that was killed goes on from its last state.
+
+exit codes: 0 done; 1 some runs failed; 2 bad input; 130 after Ctrl-C.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from structadapt.examples.process import first_interrupt
+from structadapt.spectra.progress import duration
+from structadapt.study import grid, runner
+from structadapt.study.grid import Cell, Grid
+from structadapt.study.run import Stopped
+
+ENGINES = ("local", "submitit", "ray")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `structadapt study`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    run = actions.add_parser("run", help="run the cells of a grid that are not done")
+    run.add_argument("grid", help=f"a .toml file, or one of {', '.join(grid.shipped())}")
+    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the study")
+    run.add_argument("--cell", metavar="K", help="only this one: a name, or a number from 0")
+    run.add_argument("--workers", type=int, metavar="N",
+                     help="processes at a time (default: one a core, at most 8; with ray: its CPUs)")  # fmt: skip
+    run.add_argument("--threads", type=int, default=1, metavar="N", help="of each (default: 1)")
+    run.add_argument("--retry", action="store_true", help="cells that failed, too")
+    run.add_argument("--no-save", action="store_true", help="keep no trained weights")
+    run.add_argument("--dry-run", action="store_true",
+                     help="check the grid, list its cells and their memory, run nothing")  # fmt: skip
+    run.add_argument("--engine", choices=ENGINES, default="local",
+                     help="submitit: jobs of Slurm; ray: tasks of a Ray cluster (default: local)")  # fmt: skip
+    run.add_argument("--cluster", metavar="NAME",
+                     help="of submitit: slurm or local; of ray: its address (default: found)")  # fmt: skip
+    run.add_argument("--json", action="store_true", help="print the status as JSON at the end")
+    run.add_argument("--quiet", action="store_true", help="no progress")
+    run.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+
+    show = actions.add_parser("status", help="where every cell stands")
+    show.add_argument("out", type=Path, metavar="DIR", help="folder of the study")
+    show.add_argument("--json", action="store_true", help="as JSON")
+    show.add_argument("--all", action="store_true", help="every cell, not only the unfinished")
+
+    report = actions.add_parser("report", help="tables and pictures from the folders of the runs")
+    report.add_argument("out", type=Path, metavar="DIR", help="folder of the study")
+    report.add_argument("--to", type=Path, metavar="DIR", help="where to (default: the same)")
+    report.add_argument("--json", action="store_true", help="print its figures as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `structadapt study`. Returns the exit code."""
+    try:
+        return {"run": _run, "status": _status, "report": _report}[args.action](args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"structadapt study: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    found = grid.read(args.grid)
+    cells = [found.cell(args.cell)] if args.cell is not None else list(found.cells)
+    if args.threads < 1 or (args.workers is not None and args.workers < 1):
+        raise ValueError("--workers and --threads must be at least 1")
+    if args.dry_run:
+        from structadapt.study import dry_run
+
+        return dry_run.main(found, cells, args.json)
+    if args.worker:
+        return _work(cells, args)
+    runner.prepare(found, args.out)
+    if args.retry:
+        runner.forget_failures(cells, args.out)
+    try:
+        if args.engine != "local":
+            from structadapt.study import engines
+
+            job = engines.Job(found.text, args.out, args.threads, not args.no_save)
+            line = _line(args)
+            engines.run(args.engine, args.cluster, found, cells, args.out, job, args.workers, line)
+        elif args.cell is not None:
+            _work(cells, args)
+        else:
+            _locally(args, cells)
+    except (Stopped, KeyboardInterrupt):
+        _say(args, "\nstopped: the same command goes on")
+        return 130
+    return _end(args, found, cells)
+
+
+def _work(cells: list[Cell], args: argparse.Namespace) -> int:
+    """Be a worker: of this process's own, or of the one that started it."""
+    torch.set_num_threads(args.threads)
+    parent = os.getppid()
+
+    def tell(cell: Cell, record: dict[str, Any], total: int) -> None:
+        if not args.worker:
+            shown = record.get("reward", record.get("held_out"))
+            _say(args, f"{cell.id}: step {record['step'] + 1}/{total}" + _value(shown))
+
+    with first_interrupt(quiet=args.worker) as interrupted:
+
+        def stop() -> bool:
+            return interrupted() or (args.worker and runner.orphaned(parent))
+
+        try:
+            return min(runner.work(cells, args.out, stop=stop, tell=tell, save=not args.no_save), 1)
+        except Stopped:
+            if args.worker:
+                return 130
+            raise
+
+
+def _value(reward: float | None) -> str:
+    return "" if reward is None else f", reward {reward:.3f}"
+
+
+def _locally(args: argparse.Namespace, cells: list[Cell]) -> None:
+    """Workers of this machine, watched."""
+    left = [s for s in runner.status(cells, args.out) if s.state not in ("done", "failed")]
+    count = min(args.workers or min(os.cpu_count() or 1, 8), len(left))
+    if not count:
+        return
+    _say(args, f"{len(left)} of {len(cells)} cells to run, {count} at a time, in {args.out}")
+    command = [
+        "structadapt.cli", "study", "run", args.grid, "--out", str(args.out), "--worker",
+        "--threads", str(args.threads), *["--no-save"] * args.no_save,
+    ]  # fmt: skip
+    runner.workers(command, cells, args.out, count, _line(args))
+
+
+def _line(args: argparse.Namespace) -> Callable[[list[runner.Status]], None]:
+    """Tell of every cell once it has ended, with the time left by the steps that there are."""
+    from time import monotonic
+
+    began, seen, first = monotonic(), set(), []
+
+    def tell(statuses: list[runner.Status]) -> None:
+        ended = {s.cell.id for s in statuses if s.state in ("done", "failed")}
+        if not first:
+            first.append(len(ended))
+            seen.update(ended)
+        for s in statuses:
+            if s.cell.id in ended - seen:
+                seen.add(s.cell.id)
+                count, here = len(seen), len(seen) - first[0]
+                left = (monotonic() - began) / here * (len(statuses) - count)
+                _say(args, f"{count}/{len(statuses)}  {s.cell.id}: {s.result}"
+                     + (f"  ({duration(left)} left)" if count < len(statuses) else ""))  # fmt: skip
+
+    return tell
+
+
+def _end(args: argparse.Namespace, found: Grid, cells: list[Cell]) -> int:
+    statuses = runner.status(cells, args.out)
+    if args.json:
+        print(_json(statuses))
+    else:
+        print(_table(statuses, everything=False))
+        print(f"\nstructadapt study report {args.out}")
+    return 1 if any(s.state == "failed" for s in statuses) else 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    path = args.out / runner.GRID
+    if not path.is_file():
+        raise FileNotFoundError(f"{args.out} holds no study")
+    statuses = runner.status(grid.read(path).cells, args.out)
+    print(_json(statuses) if args.json else _table(statuses, args.all))
+    return 1 if any(s.state == "failed" for s in statuses) else 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from structadapt.study import report
+
+    figures, paths = report.write(args.out, args.to or args.out)
+    if args.json:
+        print(json.dumps(figures))
+    else:
+        print("\n".join(map(str, paths)))
+    return 0
+
+
+def _table(statuses: list[runner.Status], everything: bool) -> str:
+    """The counts, then the cells that are not done, or all."""
+    counts = Counter(s.state for s in statuses)
+    lines = [f"{len(statuses)} cells: " + ", ".join(f"{n} {name}" for name, n in counts.items())]
+    for s in statuses:
+        if everything or s.state not in ("done", "waiting"):
+            lines.append(f"{s.state:8} {s.cell.id:52} step {s.step}/{s.steps}  {s.result}")
+    return "\n".join(lines)
+
+
+def _json(statuses: list[runner.Status]) -> str:
+    return json.dumps([
+        {"id": s.cell.id, "state": s.state, "step": s.step, "steps": s.steps, "result": s.result}
+        for s in statuses
+    ])  # fmt: skip
+
+
+def _say(args: argparse.Namespace, line: str) -> None:
+    if not (args.quiet or args.json):
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,468 @@
+"""The study: grids, cells that go on, workers, engines and the report."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from structadapt.cli import main
+from structadapt.study import (
+    claims,
+    collect,
+    distributed,
+    dry_run,
+    figures,
+    grid,
+    report,
+    runner,
+    sft,
+    statistics,
+    tasks,
+)
+from structadapt.study import run as cells
+from structadapt.study.grid import Cell, parse
+
+SMALL = """
+name = "tried"
+[run]
+model = "tiny"
+task = "addition"
+prompts = 24
+batch = 8
+group = 2
+cold_start = 0.0
+problems = 16
+checkpoint_every = 1
+monitor = 1
+[[cells]]
+adapter = "lora"
+rank = [2, 4]
+scale = [{alpha = "2r"}, {alpha = 4}]
+lr = 1e-3
+seed = 0
+[[cells]]
+adapter = "full"
+lr = 1e-3
+"""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A grid and the folder of its finished runs."""
+    out = tmp_path_factory.mktemp("study")
+    path = out / "grid-in.toml"
+    path.write_text(SMALL)
+    folder = out / "runs"
+    assert main(["study", "run", str(path), "--out", str(folder), "--workers", "2", "--quiet"]) == 0
+    return parse(SMALL), folder
+
+
+# -- grids -----------------------------------------------------------------------------------------
+
+
+def test_a_table_is_the_product_of_its_lists():
+    found = parse(SMALL)
+    assert [(c.adapter, c.rank, c.alpha) for c in found.cells] == [
+        ("lora", 2, "2r"), ("lora", 4, "2r"), ("lora", 4, 4), ("full", None, None),
+    ]  # fmt: skip  # rank 2 with alpha 4 is alpha = 2r: one run
+    assert len({c.id for c in found.cells}) == 4
+    assert found.cell("3").adapter == "full" and found.cell(found.cells[1].id) == found.cells[1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "batch", "rate"), [("fixed", 256, 1e-3), ("linear", 256, 4e-3), ("sqrt", 16, 5e-4)]
+)
+def test_rates_follow_their_rule(rule, batch, rate):
+    cell = Cell("full", 1e-3, lr_rule=rule, batch=batch)
+    assert math.isclose(cell.rate, rate)
+    assert Cell("full", rate, batch=batch).id == cell.id  # the same run
+
+
+def test_one_scale_is_one_run_however_it_is_said():
+    one = Cell("lora", 1e-3, rank=8, alpha="2r")
+    same = (
+        replace(one, alpha=16),
+        replace(one, alpha=2.0, scaling="constant"),
+        replace(one, alpha=5.65685, scaling="alpha/sqrt(r)"),
+        replace(one, checkpoint_every=3),
+    )
+    assert {cell.id for cell in same} == {one.id}
+    other = [replace(one, alpha=17), replace(one, seed=1), replace(one, task="sorting"),
+             replace(one, grpo={"loss": "grpo"}), replace(one, prompts=9)]  # fmt: skip
+    assert len({cell.id for cell in [one, *other]}) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x", "not TOML"),
+        ("[run]\nseed = 1", "no [[cells]]"),
+        ("[[cell]]\nlr = 1", "has no 'cell'; near: cells"),
+        ('[[cells]]\nadapter = "lor"\nlr = 1', "adapter must be one of lora"),
+        ('[[cells]]\nadapter = "lora"\nrnk = 8\nlr = 1', "no 'rnk'; near: rank"),
+        ('[[cells]]\nadapter = "lora"\nlr = []', "lr is an empty list"),
+        ('[[cells]]\nadapter = "lora"', "lr is missing"),
+        ('[[cells]]\nadapter = "lora"\nlr = true', "lr must be a number"),
+        ('[[cells]]\nadapter = "lora"\nlr = nan', "lr must be a number"),
+        ('[[cells]]\nadapter = "full"\nlr = 1\nrank = 8', "rank does not apply"),
+        ('[[cells]]\nadapter = "lora"\nlr = 1\nrank = -1', "rank must be a positive integer"),
+        ('[[cells]]\nadapter = "lora"\nlr = 1\nscale = {alpha = "2r"}', "beside a rank"),
+        ('[[cells]]\nadapter = "lora"\nlr = 1\nscale = {alfa = 2}', "near: alpha"),
+        ('[[cells]]\nadapter = "quanta"\nlr = 1\naxes = "8x"', "axes must be"),
+        ('[[cells]]\nadapter = "full"\nlr = 1\nbatch = 0', "batch must be an integer"),
+        ('[[cells]]\nadapter = "full"\nlr = 1\n[grpo]\nlos = "grpo"', "los"),
+        ('[[cells]]\nadapter = "full"\nlr = 1\n[grpo]\nseed = 1', "seed belongs to the cells"),
+        ('[[cells]]\nadapter = "full"\nlr = 1\n[grpo]\nloss = "x"', "loss must be one of"),
+    ],
+)
+def test_a_wrong_grid_is_refused(text, said, tmp_path, capsys):
+    path = tmp_path / "g.toml"
+    path.write_text(text)
+    assert main(["study", "run", str(path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "g.toml" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_shipped_grids_are_whole():
+    assert grid.shipped() == ["full", "paper", "small"]
+    assert {name: len(grid.read(name).cells) for name in grid.shipped()} == {
+        "full": 672, "paper": 81, "small": 96,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="one of full, paper, small"):
+        grid.read("smal")
+
+
+def test_the_papers_grid_fits_its_machines(capsys):
+    assert main(["study", "run", "paper", "--out", "unused", "--dry-run", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 81 and all(row["fits"] for row in rows)
+    llama = dry_run.model_of("meta-llama/Llama-3.1-8B")[0]
+    assert sum(p.numel() for p in llama.parameters()) == 8_030_261_248
+    assert not Path("unused").exists()
+
+
+def test_a_dry_run_says_what_does_not_fit(tmp_path, capsys):
+    path = tmp_path / "g.toml"
+    path.write_text(SMALL.replace("[run]", "[run]\nmemory_gib = 0.001"))
+    assert main(["study", "run", str(path), "--out", str(tmp_path / "o"), "--dry-run"]) == 1
+    assert capsys.readouterr().out.count("more than 0.001 GiB") == 4
+
+
+# -- tasks -----------------------------------------------------------------------------------------
+
+
+def test_sorting_holds_out_whole_multisets():
+    import random
+    from itertools import islice
+
+    learn, held = (
+        {"".join(sorted(p["prompt"][:-1]))
+         for p in islice(tasks.sorting_problems(random.Random(0), held_out=h), 2000)}
+        for h in (False, True)
+    )  # fmt: skip
+    assert not learn & held and len(held) > 300
+    assert tasks.sorting_problem("7402913") == {"prompt": "7402913=", "answer": "0123479"}
+
+
+def test_a_task_for_another_model_is_refused():
+    with pytest.raises(ValueError, match="is not for model"):
+        tasks.task_of(Cell("full", 1e-3, task="sums"))
+    with pytest.raises(ValueError, match="unknown task"):
+        tasks.task_of(Cell("full", 1e-3, task="chess", model="x"))
+    with pytest.raises(ValueError, match="needs data"):
+        tasks.task_of(Cell("full", 1e-3, task="deepmath", model="x"))
+
+
+def test_deepmath_is_split_the_same_for_every_seed(tmp_path):
+    path = tmp_path / "d.jsonl"
+    rows = [{"question": f"q{i}", "final_answer": str(i), "difficulty": i % 10, "topic": "t"}
+            for i in range(100)]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    cell = Cell("full", 1e-3, task="deepmath", model="x", data=str(path), min_difficulty=5,
+                prompts=20, problems=10)  # fmt: skip
+    one, two = (tasks.task_of(replace(cell, seed=seed)) for seed in (0, 1))
+    assert one.held_out == two.held_out and one.prompts != two.prompts
+    assert not {r["answer"] for r in one.held_out} & {r["answer"] for r in one.prompts}
+    with pytest.raises(ValueError, match="prompts is 50"):
+        tasks.task_of(replace(cell, prompts=50))
+
+
+def test_sft_learns_from_the_completions_alone():
+    ids, targets = sft.padded([([1, 2], [3, 4]), ([5], [6])], torch.device("cpu"))
+    assert ids.tolist() == [[1, 2, 3], [5, 0, 0]]
+    assert targets.tolist() == [[-100, 3, 4], [6, -100, -100]]
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def test_every_cell_is_run_once(study, capsys):
+    found, out = study
+    assert main(["study", "status", str(out), "--json"]) == 0
+    states = json.loads(capsys.readouterr().out)
+    assert [(s["id"], s["state"], s["step"]) for s in states] == [
+        (c.id, "done", 3) for c in found.cells
+    ]
+    stamp = {p: p.stat().st_mtime_ns for p in out.glob("cells/*/*.json*")}
+    path = out / "grid.toml"
+    assert main(["study", "run", str(path), "--out", str(out), "--quiet", "--json"]) == 0
+    assert stamp == {p: p.stat().st_mtime_ns for p in out.glob("cells/*/*.json*")}
+    assert not list(out.glob("cells/*/states")) and not list(out.glob("cells/*/.held"))
+
+
+def test_a_run_leaves_what_it_found(study):
+    found, out = study
+    folder = runner.folder_of(out, found.cells[0])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 3 and summary["before"]["problems"] == 16
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len((folder / "monitor.jsonl").read_text().splitlines()) == 3
+    assert (folder / "adapter.safetensors").exists() and (folder / "spectra").is_dir()
+    assert (runner.folder_of(out, found.cells[3]) / "model.safetensors").exists()
+
+
+def content(folder):
+    """What a run computed, without its times."""
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for step in steps:
+        for name in ("tokens_per_second", "rollout_seconds", "update_seconds"):
+            del step[name]
+    return steps, (folder / "monitor.jsonl").read_text()
+
+
+def test_a_stopped_cell_goes_on_as_if_it_had_not(study, tmp_path):
+    found, out = study
+    cell = found.cells[1]
+    for count in (1, 2):
+        left = iter(range(count))
+        with pytest.raises(cells.Stopped):
+            cells.run(cell, tmp_path / "cells" / cell.id, stop=lambda c=left: next(c, None) is None)
+        assert runner.status([cell], tmp_path)[0].state == runner.HALTED
+    cells.run(cell, tmp_path / "cells" / cell.id)
+    whole, again = runner.folder_of(out, cell), tmp_path / "cells" / cell.id
+    assert content(whole) == content(again)
+    assert (whole / "adapter.safetensors").read_bytes() == (
+        again / "adapter.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on(study, tmp_path):
+    found, out = study
+    path = tmp_path / "g.toml"
+    path.write_text(SMALL)
+    command = [sys.executable, "-m", "structadapt.cli", "study", "run", str(path), "--out",
+               str(tmp_path / "runs"), "--workers", "1", "--quiet"]  # fmt: skip
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/cells/*/states/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    locked = [p for p in tmp_path.glob("runs/cells/*") if not (p / "summary.json").exists()]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:  # its worker sees that nobody waits for it
+        statuses = runner.status(found.cells, tmp_path / "runs")
+        if all(s.state != runner.RUNNING for s in statuses):
+            break
+        time.sleep(0.1)
+    assert locked and all(s.state != runner.RUNNING for s in statuses)
+    subprocess.run(command, check=True)
+    for cell in found.cells:
+        assert content(runner.folder_of(out, cell)) == content(
+            runner.folder_of(tmp_path / "runs", cell)
+        )
+
+
+def test_a_failed_cell_is_shown_and_tried_again_on_request(study, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "g.toml"
+    path.write_text(SMALL.replace('adapter = "full"', 'adapter = "full"\nprompts = 8'))
+    command = ["study", "run", str(path), "--out", str(tmp_path / "o"), "--cell", "3", "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "accuracy", lambda *a: 1 / 0)
+        assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "1 failed" in said and "ZeroDivisionError: division by zero" in said
+    assert main(command) == 1  # not tried again
+    assert main(["study", "status", str(tmp_path / "o")]) == 1
+    assert main([*command, "--retry"]) == 0
+    assert not list(tmp_path.glob("o/cells/*/error.json"))
+
+
+def test_a_cell_whose_process_dies_again_and_again_has_failed(tmp_path):
+    cell = parse(SMALL).cells[3]
+    folder = runner.folder_of(tmp_path, cell)
+    folder.mkdir(parents=True)
+    for deaths in range(runner.TRIES):
+        with cells.held(folder) as counted:
+            assert counted == deaths
+            kept = (folder / ".held").read_text()
+        (folder / ".held").write_text(kept)  # as a process that was killed leaves it
+    assert runner.work([cell], tmp_path) == 1
+    assert "died 3 times" in json.loads((folder / "error.json").read_text())["error"]
+
+
+def test_one_process_holds_a_cell(tmp_path):
+    with cells.claimed(tmp_path) as first, cells.claimed(tmp_path) as second:
+        assert (first, second) == (True, False)
+    with cells.claimed(tmp_path) as third:
+        assert third
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["study", "run", "small", "--out", str(tmp_path)]) == 2
+    assert "holds no study" in capsys.readouterr().err
+    assert main(["study", "status", str(tmp_path)]) == 2
+    assert main(["study", "report", str(tmp_path)]) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_cells_folder_holds_no_other_cell(tmp_path):
+    one, two = parse(SMALL).cells[:2]
+    cells.note(one, tmp_path)
+    with pytest.raises(ValueError, match="another cell: its alpha|another cell: its rank"):
+        cells.note(two, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_a_cell_on_two_processes_is_the_cell_on_one(study, tmp_path, adapter):
+    found, out = study
+    cell = next(c for c in found.cells if c.adapter == adapter)
+    assert runner.work([replace(cell, processes=2)], tmp_path) == 0
+    one, two = runner.folder_of(out, cell), runner.folder_of(tmp_path, cell)
+    first, second = (
+        [json.loads(line)["grad_norm"] for line in (f / "metrics.jsonl").read_text().splitlines()]
+        for f in (one, two)
+    )
+    assert first == pytest.approx(second, rel=1e-4)
+    a, b = (json.loads((f / "summary.json").read_text()) for f in (one, two))
+    assert a["after"] == b["after"] and b["threads"] >= 1
+    assert len(json.loads((two / "spectra" / "report.json").read_text())["rows"]) == 12
+
+
+# -- engines ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["submitit", "ray"])
+def test_engines_run_the_same_cells(study, tmp_path, engine):
+    pytest.importorskip(engine)
+    found, out = study
+    path = tmp_path / "g.toml"
+    path.write_text(SMALL)
+    local = ["--cluster", "local"] if engine == "submitit" else []
+    command = [sys.executable, "-m", "structadapt.cli", "study", "run", str(path), "--out",
+               str(tmp_path / "runs"), "--engine", engine, "--workers", "2", "--quiet", *local]  # fmt: skip
+    subprocess.run(command, check=True, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"})
+    for cell in found.cells:
+        assert content(runner.folder_of(out, cell)) == content(
+            runner.folder_of(tmp_path / "runs", cell)
+        )
+
+
+def test_an_engine_that_is_missing_says_what_to_install(tmp_path, monkeypatch, capsys):
+    for name in ("submitit", "ray"):
+        monkeypatch.setitem(sys.modules, name, None)
+        out = str(tmp_path / name)
+        assert main(["study", "run", "small", "--out", out, "--engine", name]) == 2
+        assert "pip install" in capsys.readouterr().err
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def test_the_report_reads_the_folders_alone(study, tmp_path, capsys):
+    found, out = study
+    assert main(["study", "report", str(out), "--to", str(tmp_path / "r"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["runs"]) == 4 and told["failed"] == []
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+    assert "not testable here" in page and page.count("<img") >= 2
+    again = tmp_path / "r2"
+    report.write(tmp_path / "r", again)  # from its study.json
+    assert (again / "report.md").read_text() == (tmp_path / "r" / "report.md").read_text()
+    assert (again / "study.json").read_text() == (tmp_path / "r" / "study.json").read_text()
+
+
+def test_means_have_students_intervals():
+    found = statistics.mean_of([1.0, 2.0, 3.0])
+    assert found.mean == 2.0 and math.isclose(found.half, 4.303 / math.sqrt(3))
+    assert statistics.mean_of([5.0]) == statistics.Mean(5.0, None, 1)
+    with pytest.raises(ValueError, match="no values"):
+        statistics.mean_of([])
+
+
+def test_limits_of_the_kl():
+    points = [(0.1, False), (0.2, False), (0.3, True), (0.4, False), (0.9, True)]
+    found = statistics.limits(points)
+    assert (found.safe, found.collapse) == (0.2, 0.9)
+    assert (found.largest_lived, found.smallest_died, found.errors) == (0.4, 0.3, 1)
+    with pytest.raises(ValueError, match="nothing to choose"):
+        statistics.limits(points[:2])
+
+
+def row(rank, rate, accuracy, collapsed, **more):
+    """A run as a report reads it."""
+    alpha = more.pop("alpha", "2r")
+    scale = 2.0 if alpha == "2r" else alpha / rank
+    return {
+        "adapter": "lora", "rank": rank, "alpha": alpha, "scaling": None, "scale": scale,
+        "rate": rate, "lr": rate, "lr_rule": "fixed", "lr_batch": 64, "axes": None, "init": None,
+        "model": "tiny", "task": "addition", "method": "grpo", "batch": 32, "seed": 0,
+        "stop_absorbed": 8, "before": {"sampled": 0.2}, "after": {"sampled": accuracy},
+        "collapsed": collapsed, "absorbed_at": 3 if collapsed else None, "spectra": None,
+        "rewards": [0.2, accuracy], **more,
+    }  # fmt: skip
+
+
+def verdicts(rows):
+    return {c.text.split(":")[0]: c.verdict for c in claims.claims(rows)}
+
+
+def test_claims_are_judged_by_their_criteria():
+    cliff = [row(8, 1e-3, 0.5, False), row(128, 1e-3, 0.0, True), row(256, 1e-3, 0.0, True)]
+    name = "LoRA has a cliff in rank"
+    assert verdicts(cliff)[name] == "agrees"
+    assert verdicts([*cliff, row(128, 1e-3, 0.4, False, seed=1)])[name] == "disagrees"
+    assert verdicts(cliff[:1])[name] == "not testable here"
+    assert set(verdicts(cliff).values()) <= {"agrees", "disagrees", "not testable here"}
+
+
+def test_the_claim_of_the_batch_follows_the_rule():
+    rows = [row(64, 1e-3, 0.6, False, batch=64)]
+    for batch in (128, 256):
+        rows += [row(64, 1e-3, 0.6, False, batch=batch),
+                 row(64, 2e-3, 0.0, True, batch=batch, lr_rule="sqrt")]  # fmt: skip
+    found = {c.text: c.verdict for c in claims.claims(rows) if c.text.startswith("Rank 64")}
+    by_rule = {text.rsplit("learning rate ", 1)[1].split()[0]: v for text, v in found.items()}
+    assert by_rule == {"fixed": "disagrees", "sqrt": "agrees", "linear": "not testable here"}
+
+
+def test_the_edge_is_the_lowest_rate_at_which_most_collapse():
+    rows = [row(64, 1e-3, 0.5, False), row(64, 3e-3, 0.0, True), row(64, 1e-2, 0.0, True)]
+    assert claims.edge(rows) == 3e-3 and claims.edge(rows[:1]) is None
+
+
+def test_a_rank_at_which_two_rules_agree_is_in_both():
+    rows = [row(8, 1e-3, 0.5, False), row(64, 1e-3, 0.5, False), row(64, 1e-3, 0.5, False, alpha=16)]
+    found = figures.scales_of(rows)
+    assert {k: sorted(r["rank"] for r in v) for k, v in found.items()} == {
+        "alpha = 2r": [8, 64], "alpha = 16": [8, 64],
+    }  # fmt: skip
+
+
+def test_one_process_agrees_with_itself():
+    assert distributed.agreed(True) and not distributed.agreed(False)
+    assert collect.FIGURES == "study.json"
