@@ -8,7 +8,7 @@ A grid is a TOML file, or a shipped one: small, full (docs/study.md) and paper (
 Every run of it has a folder of its own. The same command goes on where it was stopped: what is
 done is left alone, and a run that was killed goes on from its last state.
 
-exit codes: 0 done; 1 some runs failed; 2 bad input; 130 after Ctrl-C.
+exit codes: 0 done; 1 some runs failed, or were not run; 2 bad input; 130 after Ctrl-C.
 """
 
 import argparse
@@ -174,7 +174,7 @@ def _end(args: argparse.Namespace, found: Grid, cells: list[Cell]) -> int:
     else:
         print(_table(statuses, everything=False))
         print(f"\nstructadapt study report {args.out}")
-    return 1 if any(s.state == "failed" for s in statuses) else 0
+    return 0 if all(s.state in ("done", "running") for s in statuses) else 1
 
 
 def _status(args: argparse.Namespace) -> int:

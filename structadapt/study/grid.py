@@ -217,7 +217,7 @@ def read(source: str | Path) -> Grid:
     OSError for one that cannot be read.
     """
     path = Path(source)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():
         if str(source) not in shipped():
             raise ValueError(
                 f"no grid {str(source)!r}: give a .toml file, or one of {', '.join(shipped())}"
