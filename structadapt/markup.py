@@ -1,4 +1,4 @@
-"""One HTML file that stands alone: no script, nothing fetched, pictures within, all text escaped."""
+"""One HTML file that stands alone: no script, nothing fetched, pictures within, text escaped."""
 
 import base64
 from collections.abc import Iterable, Sequence

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "watched": set(),
     "adapted": {"adapters", "ops", "watched"},
     "files": set(),
+    "markup": set(),
     "quantised": set(),
     "layers": {"adapted", "quantised"},
     "merging": {"adapted", "layers", "ops"},
@@ -55,11 +56,21 @@ MAY_IMPORT = {
         "surgery",
         "targets",
     },
-    "spectra": {"adapted", "adapters", "checkpoint", "files", "interop", "layers", "quantised"},
+    "spectra": {
+        "adapted",
+        "adapters",
+        "checkpoint",
+        "files",
+        "interop",
+        "layers",
+        "markup",
+        "quantised",
+    },
     "grpo": {"files", "ops"},
     "integrations": {"adapted", "adapters", "checkpoint", "files", "layers", "merging", "surgery"},
     "examples": {"structadapt", "adapters", "checkpoint", "files", "layers"},
-    "cli": {"examples", "spectra"},
+    "study": {"structadapt", "adapters", "examples", "files", "markup", "spectra"},
+    "cli": {"examples", "spectra", "study"},
     "structadapt": {
         "adapters",
         "checkpoint",
@@ -75,7 +86,7 @@ MAY_IMPORT = {
 }
 CORE = {"torch", "safetensors", "einops", "numpy", "structadapt"}
 OPTIONAL = {"matplotlib", "tqdm", "pandas", "triton", "transformers", "peft", "trl", "bitsandbytes"}
-OPTIONAL |= {"datasets", "pyarrow", "reasoning_gym", "math_verify"}
+OPTIONAL |= {"datasets", "pyarrow", "reasoning_gym", "math_verify", "submitit", "ray"}
 
 
 def sources():

@@ -27,7 +27,7 @@ class Claim:
     evidence: str
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
+def judged(rows: Sequence[Row]) -> list[Claim]:
     """Every claim, judged on the runs of the embedded model's first task (or of the only model)."""
     main = main_part(rows)
     grpo = [row for row in main if row["method"] == "grpo" and row["stop_absorbed"]]
@@ -102,7 +102,7 @@ def _cliff(rows: Sequence[Row]) -> Claim:
 
 
 def _falls(rows: Sequence[Row], rule: str) -> Claim:
-    text = (f"Rank 64 learns at batch 64 and falls to near the floor at 128 and 256 (paper: 73.1 %, "
+    text = ("Rank 64 learns at batch 64 and falls to near the floor at 128 and 256 (paper: 73.1 %, "
             f"8.7 %, 6.0 %); learning rate {rule} in the batch")  # fmt: skip
     found = {b: [r for r in lora(rows, SWEPT) if r["batch"] == b and follows(r, rule)]
              for b in BATCHES}  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from structadapt.spectra import Report
-from structadapt.study.run import CELL, ERROR, MONITOR, SPECTRA, STEPS, SUMMARY
+from structadapt.study.runs import CELL, ERROR, MONITOR, SPECTRA, STEPS, SUMMARY
 
 Row = dict[str, Any]  # a run: the fields of its Cell, and what came out
 FIGURES = "study.json"

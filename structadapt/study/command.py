@@ -25,8 +25,9 @@ import torch
 from structadapt.examples.process import first_interrupt
 from structadapt.spectra.progress import duration
 from structadapt.study import grid, runner
-from structadapt.study.grid import Cell, Grid
-from structadapt.study.run import Stopped
+from structadapt.study.cell import Cell
+from structadapt.study.grid import Grid
+from structadapt.study.runs import StoppedError
 
 ENGINES = ("local", "submitit", "ray")
 
@@ -38,17 +39,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("grid", help=f"a .toml file, or one of {', '.join(grid.shipped())}")
     run.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the study")
     run.add_argument("--cell", metavar="K", help="only this one: a name, or a number from 0")
-    run.add_argument("--workers", type=int, metavar="N",
-                     help="processes at a time (default: one a core, at most 8; with ray: its CPUs)")  # fmt: skip
+    run.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes at a time (default: one a core, at most 8; with ray: its CPUs)",
+    )
     run.add_argument("--threads", type=int, default=1, metavar="N", help="of each (default: 1)")
     run.add_argument("--retry", action="store_true", help="cells that failed, too")
     run.add_argument("--no-save", action="store_true", help="keep no trained weights")
-    run.add_argument("--dry-run", action="store_true",
-                     help="check the grid, list its cells and their memory, run nothing")  # fmt: skip
-    run.add_argument("--engine", choices=ENGINES, default="local",
-                     help="submitit: jobs of Slurm; ray: tasks of a Ray cluster (default: local)")  # fmt: skip
-    run.add_argument("--cluster", metavar="NAME",
-                     help="of submitit: slurm or local; of ray: its address (default: found)")  # fmt: skip
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the grid, list its cells and their memory, run nothing",
+    )
+    run.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="submitit: jobs of Slurm; ray: tasks of a Ray cluster (default: local)",
+    )
+    run.add_argument(
+        "--cluster",
+        metavar="NAME",
+        help="of submitit: slurm or local; of ray: its address (default: found)",
+    )
     run.add_argument("--json", action="store_true", help="print the status as JSON at the end")
     run.add_argument("--quiet", action="store_true", help="no progress")
     run.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -98,7 +113,7 @@ def _run(args: argparse.Namespace) -> int:
             _work(cells, args)
         else:
             _locally(args, cells)
-    except (Stopped, KeyboardInterrupt):
+    except (StoppedError, KeyboardInterrupt):
         _say(args, "\nstopped: the same command goes on")
         return 130
     return _end(args, found, cells)
@@ -121,7 +136,7 @@ def _work(cells: list[Cell], args: argparse.Namespace) -> int:
 
         try:
             return min(runner.work(cells, args.out, stop=stop, tell=tell, save=not args.no_save), 1)
-        except Stopped:
+        except StoppedError:
             if args.worker:
                 return 130
             raise

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from structadapt.study.grid import Cell
+from structadapt.study.cell import Cell
 
 
 def rank() -> int:
@@ -97,7 +97,7 @@ def group(cell: Cell) -> Iterator[None]:
 
 
 def main() -> int:
-    from structadapt.study.run import CELL, run  # which imports this module
+    from structadapt.study.runs import CELL, run  # which imports this module
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)

@@ -10,6 +10,7 @@ are not in it: leave some 10 %.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import nn
 import structadapt as sa
 from structadapt.examples import tiny_lm
 from structadapt.study import tasks
-from structadapt.study.grid import Cell, Grid
+from structadapt.study.cell import Cell
+from structadapt.study.grid import Grid
 
 GIB = 2**30
 PROMPT = 512  # tokens, where a task does not say
@@ -72,6 +74,7 @@ def main(grid: Grid, cells: Sequence[Cell], as_json: bool) -> int:
     return 1 if over else 0
 
 
+@lru_cache
 def model_of(name: str) -> tuple[nn.Module, Shape]:
     """A model without values, from its config alone. ValueError where that cannot be had."""
     with torch.device("meta"):
@@ -84,8 +87,12 @@ def model_of(name: str) -> tuple[nn.Module, Shape]:
         model: Any = AutoModelForCausalLM.from_config(config)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return model, Shape(config.num_hidden_layers, config.hidden_size,
-                        size * (config.num_key_value_heads or heads), config.vocab_size)  # fmt: skip
+    return model, Shape(
+        config.num_hidden_layers,
+        config.hidden_size,
+        size * (config.num_key_value_heads or heads),
+        config.vocab_size,
+    )
 
 
 # From their published configs: a dry run needs no download.
@@ -116,7 +123,8 @@ def _config(name: str) -> Any:
     if name == "smollm2":
         return AutoConfig.for_model(
             "llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-            num_attention_heads=9, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
+            num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
+            tie_word_embeddings=True,
         )  # fmt: skip
     try:
         return AutoConfig.from_pretrained(name)

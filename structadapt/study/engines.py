@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from structadapt.study import grid, runner
-from structadapt.study.grid import Cell, Grid
+from structadapt.study.cell import Cell
+from structadapt.study.grid import Grid
 
 Tell = Callable[[list[runner.Status]], None]
 LOCAL_JOBS = 2  # of submitit's local executor at a time, unless --workers says otherwise
@@ -104,10 +105,11 @@ def _ray(
 ) -> None:  # fmt: skip
     try:
         import ray
+        from ray.exceptions import RayError
     except ImportError:
-        raise ImportError("--engine ray needs: pip install ray") from None
-    here = {} if cluster else {"num_cpus": (workers or os.cpu_count() or 1) * job.threads}
-    ray.init(address=cluster, include_dashboard=False, log_to_driver=False, **here)
+        raise ImportError("--engine ray needs: pip install 'structadapt[cluster]'") from None
+    cpus = None if cluster else (workers or os.cpu_count() or 1) * job.threads
+    ray.init(address=cluster, num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     try:
         how = {"num_cpus": job.threads, "max_retries": 3, **options}
         try:
@@ -118,7 +120,7 @@ def _ray(
         while pending:
             done, pending = ray.wait(pending, timeout=1.0)
             for one in done:
-                with suppress(ray.exceptions.RayError):  # its machine died: the cell goes on later
+                with suppress(RayError):  # its machine died: the cell goes on later
                     ray.get(one)
             tell()
     finally:

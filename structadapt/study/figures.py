@@ -87,12 +87,24 @@ def first_kl(rows: Sequence[Row], limits: Limits | None, path: Path) -> Path | N
             some = [row for row in found if row["collapsed"] == died]
             x = [max(row["first_kl"], 1e-5) for row in some]
             y = [final(row) / max(row["before"]["sampled"], 1e-3) for row in some]
-            axes.scatter(x, y, s=22, marker=MARKS[i], alpha=0.7, color=DIED if died else LIVED,
-                         label=f"{name}, {'collapsed' if died else 'lived'}" if some else None)  # fmt: skip
+            axes.scatter(
+                x,
+                y,
+                s=22,
+                marker=MARKS[i],
+                alpha=0.7,
+                color=DIED if died else LIVED,
+                label=f"{name}, {'collapsed' if died else 'lived'}" if some else None,
+            )
     axes.axhline(1.0, color=GREY, linewidth=1)
     if limits is not None:
-        axes.axvline(limits.best, color="#000000", linewidth=1, linestyle="--",
-                     label=f"best limit {limits.best:.2g}: {limits.errors} of {limits.count} wrong")  # fmt: skip
+        axes.axvline(
+            limits.best,
+            color="#000000",
+            linewidth=1,
+            linestyle="--",
+            label=f"best limit {limits.best:.2g}: {limits.errors} of {limits.count} wrong",
+        )
     axes.set(xscale="log", xlabel="KL of the first step, nats a token",
              ylabel="accuracy at the end / at the start")  # fmt: skip
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -135,9 +147,14 @@ def spectra(rows: Sequence[Row], path: Path) -> Path | None:
             if curves:
                 x = np.asarray(curves[0])[:, 0]
                 y = np.median([np.asarray(c)[:, 1] for c in curves], axis=0)
-                axes.plot(x, np.where(y > 1e-6, y, np.nan), color=COLOURS[i % len(COLOURS)],
-                          linestyle=DASHES[1] if died else DASHES[0], linewidth=1.5,
-                          label=f"{name}, {'collapsed' if died else 'lived'} ({len(curves)})")  # fmt: skip
+                axes.plot(
+                    x,
+                    np.where(y > 1e-6, y, np.nan),
+                    color=COLOURS[i % len(COLOURS)],
+                    linestyle=DASHES[1] if died else DASHES[0],
+                    linewidth=1.5,
+                    label=f"{name}, {'collapsed' if died else 'lived'} ({len(curves)})",
+                )
     axes.set(yscale="log", ylim=(1e-4, 1.3), xlabel="(i - 1) / (n - 1)", ylabel="s_i / s_1")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return written(figure, path)
@@ -151,7 +168,8 @@ def traces(rows: Sequence[Row], path: Path) -> Path | None:
     names = {"topk_energy": "top-1 energy", "of_null": "participation ratio / random",
              "relative_spectral": "|dW|_2 / |W|_2"}  # fmt: skip
     figure = new_figure(4.0 * len(names), 3.6)
-    for panel, (name, title) in zip(figure.subplots(1, len(names)), names.items(), strict=True):
+    axes = figure.subplots(1, len(names))
+    for panel, (name, title) in zip(axes, names.items(), strict=True):
         for row in sorted(rows, key=lambda row: row["collapsed"]):
             values = [np.nan if v is None else v for v in row["trace"][name]]
             panel.plot(row["trace"]["step"], values, linewidth=0.7, alpha=0.5,
@@ -159,9 +177,9 @@ def traces(rows: Sequence[Row], path: Path) -> Path | None:
         panel.plot([], [], color=LIVED, label="lived")
         panel.plot([], [], color=DIED, label="collapsed")
         panel.set(xlabel="step", title=title)
-        if name == "relative_spectral":
+        if name == "relative_spectral" and any(v for row in rows for v in row["trace"][name]):
             panel.set_yscale("log")
-    panel.legend(fontsize=8)
+    axes[-1].legend(fontsize=8)
     return written(figure, path)
 
 
@@ -175,8 +193,15 @@ def supervised(rows: Sequence[Row], path: Path) -> Path | None:
         for j, row in enumerate(found):
             points = [(s + 1, r) for s, r in enumerate(row["rewards"]) if r is not None]
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, color=COLOURS[i % len(COLOURS)], linewidth=1.1, alpha=0.8,
-                      linestyle=DASHES[i // len(COLOURS) % 3], label=name if j == 0 else None)  # fmt: skip
+            axes.plot(
+                x,
+                y,
+                color=COLOURS[i % len(COLOURS)],
+                linewidth=1.1,
+                alpha=0.8,
+                linestyle=DASHES[i // len(COLOURS) % 3],
+                label=name if j == 0 else None,
+            )
     axes.set_xscale("log", base=2)
     axes.set(xlabel="step", ylabel="sampled held-out accuracy", ylim=(-0.02, 1.02))
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))

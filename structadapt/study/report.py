@@ -5,7 +5,7 @@ them.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -14,14 +14,31 @@ from typing import Any, Literal
 from structadapt import markup
 from structadapt.files import write_atomically
 from structadapt.study import collect, figures
-from structadapt.study.claims import BATCHES, PAPER_R64, claims
+from structadapt.study.claims import BATCHES, PAPER_R64, judged
 from structadapt.study.figures import batch_line, follows, scale_name, scales_of, setting_name
 from structadapt.study.statistics import Limits, Row, errors, final, grouped, limits, mean_of
 
 TITLE = "Which update survives GRPO"
 PICTURES = "figures"
-CELLS = "Means over seeds with 95 % intervals (Student's t), sampled held-out accuracy in percent; " \
-    "(k/n): k of n runs collapsed."  # fmt: skip
+CELLS = (
+    "Means over seeds with 95 % intervals (Student's t), sampled held-out accuracy in percent; "
+    "(k/n): k of n runs collapsed."
+)
+COLLAPSED = (
+    "Collapsed: an end below a tenth of the first accuracy, or below it after eight steps in a "
+    "row without a gradient (which end a run), or not finite."
+)
+CAPTIONS = {
+    "cliff": "LoRA: accuracy against rank, by scaling rule. Dots are runs, grey is the start.",
+    "size": "LoRA: accuracy against scale x rank x learning rate.",
+    "batches": "Accuracy against batch size, by rule of the learning rate. Grey: the start.",
+    "supervised": "Supervised: accuracy while it trains.",
+    "spectra": "Singular values of the updates beside the largest, medians over matrices and runs "
+    "(their number in brackets).",
+    "traces": "What the monitor saw: medians over the matrices, a line a run.",
+    "first-kl": "Accuracy at the end beside that at the start, against the KL of the first step. "
+    "Grey: no gain.",
+}
 
 
 @dataclass(frozen=True)
@@ -41,9 +58,9 @@ def write(out: Path, to: Path) -> tuple[dict[str, Any], list[Path]]:
     rows, failed = collect.rows_of(out)
     pictures = to / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
-    blocks = list(report(rows, failed, pictures))
+    blocks = list(blocks_of(rows, failed, pictures))
     content = {
-        "claims": [asdict(claim) for claim in claims(rows)],
+        "claims": [asdict(claim) for claim in judged(rows)],
         "limits": _strict(_limits(rows)),
         "failed": failed,
         "runs": rows,
@@ -66,18 +83,19 @@ def _strict(found: Limits | None) -> dict[str, Any] | None:
 # -- what it says ----------------------------------------------------------------------------------
 
 
-def report(rows: Sequence[Row], failed: Sequence[dict[str, str]], folder: Path) -> Iterable[Block]:
+def blocks_of(
+    rows: Sequence[Row], failed: Sequence[dict[str, str]], folder: Path
+) -> Iterable[Block]:
     """The blocks; the pictures are drawn into `folder`."""
     yield Block("title", TITLE)
     collapsed = sum(row["collapsed"] for row in rows)
-    yield Block("text", f"{len(rows)} runs, {collapsed} of them collapsed, {len(failed)} failed. "
-                "Collapsed: an end below a tenth of the first accuracy, or below it after eight steps "
-                "in a row without a gradient (which end a run), or not finite.")  # fmt: skip
+    counts = f"{len(rows)} runs, {collapsed} of them collapsed, {len(failed)} failed."
+    yield Block("text", f"{counts} {COLLAPSED}")
     if failed:
         yield Block("table", [["failed", "error"], *([f["id"], f["error"]] for f in failed)])
     yield Block("head", "The paper's claims")
     table = [["claim", "here", "figures"]]
-    yield Block("table", [*table, *([c.text, c.verdict, c.evidence] for c in claims(rows))])
+    yield Block("table", [*table, *([c.text, c.verdict, c.evidence] for c in judged(rows))])
     for number, (key, part) in enumerate(parts(rows).items()):
         yield from _part(key, part, folder, number)
     yield from _kl(rows, folder)
@@ -104,32 +122,25 @@ def _part(key: Any, rows: list[Row], folder: Path, number: int) -> Iterable[Bloc
         "text", f"{len(rows)} runs, seeds {_and(seeds)}; they begin at {start:.1%}. {CELLS}"
     )
 
-    def picture(draw: Any, name: str, words: str, *args: Any) -> Iterable[Block]:
-        path = draw(rows, *args, folder / f"{number}-{name}.png")
+    def picture(name: str, draw: Callable[[Sequence[Row], Path], Path | None]) -> Iterable[Block]:
+        path = draw(rows, folder / f"{number}-{name}.png")
         if path is not None:
-            yield Block("picture", path, words)
+            yield Block("picture", path, CAPTIONS[name])
 
     if method == "sft":
         yield Block("table", _by_rate(rows))
-        yield from picture(
-            figures.supervised, "supervised", "Supervised: accuracy while it trains."
-        )
+        yield from picture("supervised", figures.supervised)
         return
     if len(batch) > 1:
         yield from _batches(rows)
-        yield from picture(figures.batches, "batches", "Accuracy against batch size, for three rules "
-                           "of the learning rate. Grey: the start.")  # fmt: skip
+        yield from picture("batches", figures.batches)
     else:
         yield Block("table", _by_rate(rows))
-        yield from picture(figures.cliff, "cliff", "LoRA: accuracy against rank, by scaling rule. "
-                           "Dots are runs, grey is the start.")  # fmt: skip
-        yield from picture(figures.size_of_step, "size", "LoRA: accuracy against scale x rank x "
-                           "learning rate.")  # fmt: skip
+        yield from picture("cliff", figures.cliff)
+        yield from picture("size", figures.size_of_step)
     yield Block("table", _spectra(rows))
-    yield from picture(figures.spectra, "spectra", "Singular values of the updates beside the "
-                       "largest, medians over matrices and runs (their number in brackets).")  # fmt: skip
-    yield from picture(figures.traces, "traces", "What the monitor saw: medians over the matrices, a "
-                       "line a run.")  # fmt: skip
+    yield from picture("spectra", figures.spectra)
+    yield from picture("traces", figures.traces)
 
 
 def _cell(rows: Sequence[Row]) -> str:
@@ -204,8 +215,11 @@ def _limits(rows: Sequence[Row]) -> Limits | None:
 
 
 def _points(rows: Iterable[Row]) -> list[tuple[float, bool]]:
-    return [(r["first_kl"], r["collapsed"]) for r in rows
-            if r["method"] == "grpo" and r["first_kl"] is not None and r["first_kl"] > 0]  # fmt: skip
+    return [
+        (r["first_kl"], r["collapsed"])
+        for r in rows
+        if r["method"] == "grpo" and r["first_kl"] is not None and r["first_kl"] > 0
+    ]
 
 
 def _kl(rows: Sequence[Row], folder: Path) -> Iterable[Block]:
@@ -221,17 +235,16 @@ def _kl(rows: Sequence[Row], folder: Path) -> Iterable[Block]:
         lines = [["runs of", "runs", "collapsed", "wrong by that limit", "own best limit", "wrong"]]
         for key, part in parts(grpo).items():
             own, points = _limits(part), _points(part)
-            wrong = errors(points, found.best)
+            wrong, count = errors(points, found.best), len(points)
             lines.append([
-                f"{key[0]}, {key[1]}, {key[3]} prompts", str(len(points)),
-                str(sum(dead for _, dead in points)), f"{wrong} ({wrong / max(len(points), 1):.1%})",
+                f"{key[0]}, {key[1]}, {key[3]} prompts", str(count),
+                str(sum(dead for _, dead in points)), f"{wrong} ({wrong / max(count, 1):.1%})",
                 "" if own is None else f"{own.best:.2g}", "" if own is None else str(own.errors),
             ])  # fmt: skip
         yield Block("table", lines)
     path = figures.first_kl(grpo, found, folder / "first-kl.png")
     if path is not None:
-        yield Block("picture", path, "Accuracy at the end beside that at the start, against the KL "
-                    "of the first step. Grey: no gain.")  # fmt: skip
+        yield Block("picture", path, CAPTIONS["first-kl"])
 
 
 SETTINGS = (

@@ -22,13 +22,14 @@ import torch
 
 from structadapt.files import write_atomically
 from structadapt.study import distributed
-from structadapt.study.grid import Cell, Grid
-from structadapt.study.run import (
+from structadapt.study.cell import Cell
+from structadapt.study.grid import Grid
+from structadapt.study.runs import (
     CELL,
     ERROR,
     STEPS,
     SUMMARY,
-    Stopped,
+    StoppedError,
     claimed,
     held,
     note,
@@ -58,8 +59,10 @@ def folder_of(out: Path, cell: Cell) -> Path:
 
 
 def prepare(grid: Grid, out: Path) -> None:
-    """Make the folder of a study, or add this grid's cells to the one that is there. FileExistsError
-    for a folder that holds something else."""
+    """Make the folder of a study, or add this grid's cells to the one that is there.
+
+    FileExistsError for a folder that holds something else.
+    """
     if out.exists() and not (out / GRID).is_file() and any(out.iterdir()):
         raise FileExistsError(f"{out} exists and holds no study: choose another name")
     (out / CELLS).mkdir(parents=True, exist_ok=True)
@@ -105,7 +108,7 @@ def work(
     save: bool = True,
 ) -> int:
     """Run cells until none is left to take; how many failed here. Their errors are in their
-    folders. Raises Stopped if `stop` says so.
+    folders. Raises StoppedError if `stop` says so.
 
     A cell whose process died is tried again; after `TRIES` deaths without a step in between it has
     failed.
@@ -130,12 +133,12 @@ def work(
                         distributed.launch(cell, folder, torch.get_num_threads(), save)
                     else:
                         run(cell, folder, stop=stop, tell=partial(tell, cell), save=save)
-                except Stopped:
+                except StoppedError:
                     raise
                 except Exception:  # it stands in error.json; the others go on
                     failed += 1
         if stop():
-            raise Stopped("between two cells")
+            raise StoppedError("between two cells")
     return failed
 
 
@@ -169,8 +172,9 @@ def workers(
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    group = {"process_group": 0} if os.name == "posix" else {}  # Ctrl-C comes to us alone
-    return subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, **group)
+    group = 0 if os.name == "posix" else None  # of its own: Ctrl-C comes to us alone
+    program = [sys.executable, "-m", *command]
+    return subprocess.Popen(program, stdout=subprocess.DEVNULL, process_group=group)
 
 
 def _end(alive: Sequence[subprocess.Popen[bytes]], number: int) -> None:

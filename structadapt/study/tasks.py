@@ -19,7 +19,7 @@ import structadapt as sa
 from structadapt.examples import smollm, tiny_lm
 from structadapt.files import write_atomically
 from structadapt.study import distributed
-from structadapt.study.grid import Cell, config
+from structadapt.study.cell import Cell, config
 
 Record = dict[str, Any]
 WIDTHS = {"tiny": 128, "tiny-256": 256}  # of the embedded models
@@ -152,15 +152,15 @@ def _cold_start(model: tiny_lm.TinyLM, cell: Cell) -> dict[str, Any]:
     if not cell.cold_start:
         return {"steps": 0, "accuracy": None}
     source = problems(random.Random(f"cold start {cell.seed}"), held_out=False, curriculum=True)
-    step, reached = 0, 0.0
+    steps, reached = 0, 0.0
     for step, _, seen in tiny_lm.cold_start(model, accuracy, cell.cold_start, source, 1000):
-        reached = reached if seen is None else seen
+        steps, reached = step, reached if seen is None else seen
     if reached < cell.cold_start:
         raise ValueError(
-            f"the cold start of {cell.model} on {cell.task} ends at {reached:.3f} after {step} "
+            f"the cold start of {cell.model} on {cell.task} ends at {reached:.3f} after {steps} "
             f"steps, short of {cell.cold_start}: lower cold_start"
         )
-    return {"steps": step, "accuracy": reached}
+    return {"steps": steps, "accuracy": reached}
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ import structadapt as sa
 from structadapt.examples.process import peak_memory_mib
 from structadapt.files import write_atomically
 from structadapt.study import distributed, sft, tasks
-from structadapt.study.grid import Cell, config
+from structadapt.study.cell import Cell, config
 
 CELL, STEPS, MONITOR = "cell.json", "metrics.jsonl", "monitor.jsonl"
 SUMMARY, ERROR, STATES, SPECTRA = "summary.json", "error.json", "states", "spectra"
@@ -42,7 +42,7 @@ FALL = 10.0  # accuracy at the start over that at the end, from which a run has 
 Records = list[dict[str, Any]]
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The run was asked to stop, and goes on from its last state the next time."""
 
 
@@ -63,8 +63,8 @@ def run(
     stop: looked at after every step. tell: gets every step's record and the number of steps.
     save: also what was trained.
 
-    What the run raises is written to error.json and raised again. Raises Stopped if `stop` says so;
-    ValueError for a folder that holds another cell.
+    What the run raises is written to error.json and raised again. Raises StoppedError if `stop`
+    says so; ValueError for a folder that holds another cell.
     """
     first = distributed.rank() == 0
     if first:
@@ -73,7 +73,7 @@ def run(
         return json.loads((folder / SUMMARY).read_text())
     try:
         summary = _run(cell, folder, stop, tell, save)
-    except (Stopped, KeyboardInterrupt):
+    except (StoppedError, KeyboardInterrupt):
         raise
     except Exception as error:
         told = f"{type(error).__name__}: {error}"
@@ -261,7 +261,7 @@ def _train(
             if _is_absorbed(record) and cell.stop_absorbed:
                 break
             if len(records) < total and distributed.agreed(stop()):
-                raise Stopped(f"{cell.id} after step {record['step'] + 1} of {total}")
+                raise StoppedError(f"{cell.id} after step {record['step'] + 1} of {total}")
     except FloatingPointError as error:  # not finite: a gradient, or the logits
         return records, str(error)
     finally:
