@@ -64,3 +64,17 @@ def test_the_code_of_a_page_runs(page, alone, capsys):
 def test_every_block_is_of_a_known_kind(page):
     kinds = {line[3:].split()[0] for line in page.read_text().split("\n") if re.match("```.", line)}
     assert kinds <= {"python", *NOT_RUN}
+
+
+def test_the_adapter_of_the_guide_keeps_the_laws(alone, perturb):
+    """By the test suite's own tests of them."""
+    import test_adapters as laws
+
+    file = alone / "new_adapter.py"
+    file.write_text(program(DOCS / "guides" / "new_adapter.md"))
+    loha = runpy.run_path(str(file), run_name="page")["LoHa"](rank=3, alpha=60.0)
+    for bias in (True, False):
+        laws.test_law_1_forward_is_the_linear_of_the_adapted_weight(loha, bias, perturb)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            laws.test_law_2_the_start_is_the_frozen_layer_bit_for_bit(loha, dtype, bias)
+    laws.check_laws(loha, (33, 17), 5)
