@@ -437,6 +437,9 @@ def test_limits_of_the_kl():
     found = statistics.limits(points)
     assert (found.safe, found.collapse) == (0.2, 0.9)
     assert (found.largest_lived, found.smallest_died, found.errors) == (0.4, 0.3, 1)
+    found = statistics.limits([(0.1, False), (0.2345, False), (0.7321, True), (2.0, True)])
+    assert (found.safe, found.collapse, found.errors) == (0.23, 0.74, 0)  # rounded to be sure
+    assert found.best == pytest.approx((0.2345 * 0.7321) ** 0.5)
     with pytest.raises(ValueError, match="nothing to choose"):
         statistics.limits(points[:2])
 

@@ -15,6 +15,7 @@ AGREES, DISAGREES, NOT_TESTABLE = "agrees", "disagrees", "not testable here"
 PAPER = "alpha = 2r"
 HIGH, SWEPT = (128, 256), 64  # ranks that stay near the floor; the one that falls with the batch
 BATCHES = (64, 128, 256)
+CLEAR = 0.75  # of all pairs of runs: one kind has larger values than the other
 PAPER_R64 = {64: 0.731, 128: 0.087, 256: 0.060}  # accuracy of rank 64 by batch size
 
 
@@ -179,6 +180,12 @@ def _medians(rows: Sequence[Row], name: str) -> float:
     return median(row["spectra"][name] for row in rows)
 
 
+def _above(some: Sequence[Row], others: Sequence[Row], name: str) -> float:
+    """The share of pairs in which the first has the larger value."""
+    pairs = [(a["spectra"][name], b["spectra"][name]) for a in some for b in others]
+    return sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
+
+
 def _with_spectra(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["spectra"]]
 
@@ -189,12 +196,13 @@ def _concentrated(rows: Sequence[Row]) -> Claim:
     bad, good = (_with_spectra([r for r in runs if r["collapsed"] == c]) for c in (True, False))
     if not bad or not good:
         return Claim(text, NOT_TESTABLE, "all of ranks 64 to 256 collapsed, or none")
-    said = [f"{name}: collapsed {_medians(bad, key):.3g}, lived {_medians(good, key):.3g}"
-            for name, key in (("top-1 energy", "topk_energy"), ("stable rank", "stable_rank"),
-                              ("effective rank", "effective_rank"))]  # fmt: skip
-    agrees = (_medians(bad, "topk_energy") > _medians(good, "topk_energy")
-              and _medians(bad, "stable_rank") < _medians(good, "stable_rank"))  # fmt: skip
-    return Claim(text, _verdict(agrees), _joined(said) + f" ({len(bad)} and {len(good)} runs)")
+    names = {"topk_energy": "top-1 energy", "stable_rank": "stable rank",
+             "effective_rank": "effective rank"}  # fmt: skip
+    above = {key: _above(bad, good, key) for key in names}
+    said = [f"{name}: collapsed {_medians(bad, key):.3g}, lived {_medians(good, key):.3g} "
+            f"(larger in {above[key]:.0%} of pairs)" for key, name in names.items()]  # fmt: skip
+    agrees = above["topk_energy"] >= CLEAR and above["stable_rank"] <= 1 - CLEAR
+    return Claim(text, _verdict(agrees), _joined(said) + f"; {len(bad)} and {len(good)} runs")
 
 
 def _separates(rows: Sequence[Row]) -> Claim:

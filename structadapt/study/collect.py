@@ -88,18 +88,17 @@ def _spectra(folder: Path) -> dict[str, float] | None:
 
 
 def _curve(folder: Path) -> list[list[float]] | None:
-    """[(i - 1) / (n - 1), median over the modules of s_i / s_1], at some of the i."""
+    """[i, median over the modules of s_i / s_1], at some of the i, while most modules have one."""
     found = _whole(folder)
     if found is None or not found[1]:
         return None
     report, rows = found
-    shares = np.linspace(0, 1, POINTS)
-    curves = []
-    for row in rows:
-        s = np.asarray(report.spectrum(row["name"], row["kind"]))[: min(row["shape"])]
-        curves.append(np.interp(shares, np.linspace(0, 1, len(s)), s / s[0]))
-    middle = np.median(curves, axis=0)
-    return [[_short(x), _short(y)] for x, y in zip(shares, middle, strict=True)]
+    curves = [np.asarray(report.spectrum(row["name"], row["kind"])) for row in rows]
+    curves = [s[s > 0] / s[0] for s in curves]
+    longest = int(median(map(len, curves)))
+    places = np.unique(np.geomspace(1, longest, POINTS).round().astype(int))
+    middle = [median(s[i - 1] if i <= len(s) else 0.0 for s in curves) for i in places]
+    return [[int(i), _short(y)] for i, y in zip(places, middle, strict=True)]
 
 
 def _trace(folder: Path) -> dict[str, list[Any]] | None:

@@ -50,7 +50,7 @@ def cliff(rows: Sequence[Row], path: Path) -> Path | None:
             _means(panel, here, lambda row: row["rank"], f"lr {rate:g}", i)
         panel.set_xscale("log", base=2)
         panel.set_xticks(ranks, [f"{rank}" for rank in ranks])
-        panel.set(title=name, xlabel="rank", ylim=(-0.02, 1.02))
+        panel.set(title=name, xlabel="rank", ylim=(-0.02, top(rows)))
         _floor(panel, rows)
     axes[0].set_ylabel("sampled held-out accuracy")
     axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -68,7 +68,7 @@ def size_of_step(rows: Sequence[Row], path: Path) -> Path | None:
         x = [row["scale"] * row["rank"] * row["rate"] for row in found]
         axes.scatter(x, [final(row) for row in found], s=22, marker=MARKS[i], alpha=0.75,
                      color=COLOURS[i], label=name)  # fmt: skip
-    axes.set(xscale="log", xlabel="scale x rank x learning rate", ylim=(-0.02, 1.02),
+    axes.set(xscale="log", xlabel="scale x rank x learning rate", ylim=(-0.02, top(rows)),
              ylabel="sampled held-out accuracy")  # fmt: skip
     _floor(axes, rows)
     axes.legend(fontsize=8)
@@ -126,7 +126,7 @@ def batches(rows: Sequence[Row], path: Path) -> Path | None:
         panel.set_xscale("log", base=2)
         sizes = sorted({row["batch"] for row in rows})
         panel.set_xticks(sizes, [f"{size}" for size in sizes])
-        panel.set(title=f"learning rate: {rule}", xlabel="prompts a step", ylim=(-0.02, 1.02))
+        panel.set(title=f"learning rate: {rule}", xlabel="prompts a step", ylim=(-0.02, top(rows)))
         _floor(panel, rows)
     axes[0].set_ylabel("sampled held-out accuracy")
     axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -136,33 +136,31 @@ def batches(rows: Sequence[Row], path: Path) -> Path | None:
 def spectra(rows: Sequence[Row], path: Path) -> Path | None:
     """Singular values of the updates, beside the largest: medians over modules and runs."""
     rows = [row for row in rows if row["curve"]]
+    ranks = sorted({row["rank"] for row in rows if row["adapter"] == "lora" and row["rank"] > 1})
+    shown = {ranks[0], ranks[len(ranks) // 2], ranks[-1]} if ranks else set()  # of many ranks
+    rows = [row for row in rows if row["adapter"] != "lora" or row["rank"] in shown]
     if not rows:
         return None
-    figure = new_figure(7.4, 4.4)
-    axes = figure.subplots()
-    kinds = grouped(rows, spectrum_line)
-    for i, (name, found) in enumerate(kinds.items()):
-        for died in (False, True):
-            curves = [row["curve"] for row in found if row["collapsed"] == died]
+    figure = new_figure(10.4, 4.2)
+    axes = figure.subplots(1, 2, sharey=True)
+    for i, (name, found) in enumerate(sorted(grouped(rows, batch_line).items())):
+        for panel, died in zip(axes, (False, True), strict=True):
+            curves = [dict(row["curve"]) for row in found if row["collapsed"] == died]
             if curves:
-                x = np.asarray(curves[0])[:, 0]
-                y = np.median([np.asarray(c)[:, 1] for c in curves], axis=0)
-                axes.plot(
-                    x,
-                    np.where(y > 1e-6, y, np.nan),
-                    color=COLOURS[i % len(COLOURS)],
-                    linestyle=DASHES[1] if died else DASHES[0],
-                    linewidth=1.5,
-                    label=f"{name}, {'collapsed' if died else 'lived'} ({len(curves)})",
-                )
-    axes.set(yscale="log", ylim=(1e-4, 1.3), xlabel="(i - 1) / (n - 1)", ylabel="s_i / s_1")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+                x = sorted(set.intersection(*(set(curve) for curve in curves)))
+                y = [np.median([curve[n] for curve in curves]) for n in x]
+                panel.plot(x, y, linewidth=1.4, label=name, **style(i))
+    for panel, title in zip(axes, ("lived", "collapsed"), strict=True):
+        panel.set(xscale="log", yscale="log", ylim=(1e-3, 1.3), xlabel="i", title=title)
+    axes[0].set_ylabel("s_i / s_1")
+    known = {line.get_label(): line for panel in axes for line in panel.get_lines()}
+    axes[1].legend(known.values(), known, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return written(figure, path)
 
 
 def traces(rows: Sequence[Row], path: Path) -> Path | None:
     """What the monitor saw while it trained: runs that lived and runs that collapsed."""
-    rows = [row for row in rows if row["trace"] and row["trace"]["step"]]
+    rows = [row for row in rows if row["trace"] and row["trace"]["step"] and row["rank"] != 1]
     if not rows:
         return None
     names = {"topk_energy": "top-1 energy", "of_null": "participation ratio / random",
@@ -203,7 +201,7 @@ def supervised(rows: Sequence[Row], path: Path) -> Path | None:
                 label=name if j == 0 else None,
             )
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="step", ylabel="sampled held-out accuracy", ylim=(-0.02, 1.02))
+    axes.set(xlabel="step", ylabel="sampled held-out accuracy", ylim=(-0.02, top(rows)))
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return written(figure, path)
 
@@ -249,10 +247,6 @@ def batch_line(row: Row) -> str:
     return setting_name(row) + (f", {scale_name(row)}" if row["rank"] is not None else "")
 
 
-def spectrum_line(row: Row) -> str:
-    return {"lora": "LoRA", "dora": "DoRA", "quanta": "QuanTA", "full": "full"}[row["adapter"]]
-
-
 def sft_line(row: Row) -> str:
     return f"{batch_line(row)}, lr {row['rate']:g}"
 
@@ -264,10 +258,19 @@ def _means(axes: Any, rows: Sequence[Row], key: Callable[[Row], float], label: s
         return
     x = [k for k, _ in groups]
     y = [mean_of([final(row) for row in found]).mean for _, found in groups]
-    style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % 3]}
-    axes.plot(x, y, marker=MARKS[i % len(MARKS)], markersize=5, label=label, **style)
-    axes.scatter([key(row) for row in rows], [final(row) for row in rows], s=7,
-                 color=style["color"], alpha=0.5)  # fmt: skip
+    axes.plot(x, y, marker=MARKS[i % len(MARKS)], markersize=5, label=label, **style(i))
+    x = [key(row) for row in rows]
+    axes.scatter(x, list(map(final, rows)), s=7, color=style(i)["color"], alpha=0.5)
+
+
+def style(i: int) -> dict[str, str]:
+    """A colour and a dash for the i-th line."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % 3]}
+
+
+def top(rows: Sequence[Row]) -> float:
+    """The upper end of an axis of accuracies."""
+    return min(1.02, 1.1 * max(max(final(row), row["before"]["sampled"]) for row in rows))
 
 
 def _floor(axes: Any, rows: Sequence[Row]) -> None:

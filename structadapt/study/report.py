@@ -242,9 +242,33 @@ def _kl(rows: Sequence[Row], folder: Path) -> Iterable[Block]:
                 "" if own is None else f"{own.best:.2g}", "" if own is None else str(own.errors),
             ])  # fmt: skip
         yield Block("table", lines)
+        yield Block("table", _told_by(grpo))
     path = figures.first_kl(grpo, found, folder / "first-kl.png")
     if path is not None:
         yield Block("picture", path, CAPTIONS["first-kl"])
+
+
+TOLD_BY: dict[str, Callable[[Row], float | None]] = {
+    "KL of the first step": lambda row: row["first_kl"],
+    "scale x rank x learning rate": lambda row: row["scale"] * row["rank"] * row["rate"],
+    "rank x learning rate": lambda row: row["rank"] * row["rate"],
+    "learning rate": lambda row: row["rate"],
+    "rank": lambda row: row["rank"],
+    "top-1 energy of the update": lambda row: (row["spectra"] or {}).get("topk_energy"),
+}
+
+
+def _told_by(rows: Sequence[Row]) -> list[list[str]]:
+    """By which number the runs of LoRA that collapse are told best, each with its best limit."""
+    lines = [["LoRA: collapse told by", "best limit", "wrong", "runs"]]
+    runs = [row for row in rows if row["adapter"] == "lora"]
+    for name, value in TOLD_BY.items():
+        points = [(found, row["collapsed"]) for row in runs if (found := value(row))]
+        if len({died for _, died in points}) == 2:
+            best = limits(points)
+            share = f"{best.errors} ({best.errors / best.count:.1%})"
+            lines.append([name, f"{best.best:.3g}", share, str(best.count)])
+    return lines
 
 
 SETTINGS = (
