@@ -134,7 +134,8 @@ def fields_of(cls: type) -> list[str]:
                 comment = source[(node.end_lineno or 1) - 1].partition("  # ")[2].strip()
                 rows = [row for row in rows if row[0] != node.target.id]
                 rows.append((node.target.id, f"{kind}{default}", comment))
-    if not rows:
+    own = inspect.get_annotations(cls)
+    if not any(comment and name in own for name, _, comment in rows):
         return []
     out = [".. list-table::", "    :widths: auto", "    :header-rows: 1", ""]
     out += ["    * - field", "      - type and default", "      - meaning"]

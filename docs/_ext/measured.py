@@ -33,44 +33,47 @@ def benchmark(name: str) -> ModuleType:
 # -- tables that no benchmark makes ----------------------------------------------------------------
 
 
-GPU_ROWS = {  # of benchmarks/gpu.py at 8192 tokens
-    "LoRA r=16, 4096 x 4096": "lora/M8192 4096x4096 r16",
-    "LoRA r=256, 4096 x 4096": "lora/M8192 4096x4096 r256",
-    "DoRA r=16, 4096 x 4096": "dora/M8192 4096x4096 r16",
+GPU_ROWS = {  # of benchmarks/gpu.py at 8192 tokens, 4096 x 4096
+    "LoRA r=16": "lora/M8192 4096x4096 r16",
+    "LoRA r=256": "lora/M8192 4096x4096 r256",
+    "DoRA r=16": "dora/M8192 4096x4096 r16",
     "QuanTA 16 x 16 x 16": "quanta/M8192 4096x4096 16x16x16",
-    "transformer block, LoRA r=16": "block/LoRA M8192 r16",
-    "transformer block, DoRA r=16": "block/DoRA M8192 r16",
+    "block, LoRA r=16": "block/LoRA M8192 r16",
+    "block, DoRA r=16": "block/DoRA M8192 r16",
 }
 GPU_COLUMNS = {
     "ours": "structadapt",
-    "peft bf16": "PEFT (bf16 adapters)",
-    "peft": "PEFT (fp32 adapters)",
+    "peft bf16": "PEFT, bf16",
+    "peft": "PEFT, fp32",
     "compile": "torch.compile",
-    "einsum": "official einsum",
+    "einsum": "einsum",
 }
 
 
 def gpu(results: Results) -> str:
     """Forward / backward over the frozen linear, and how many MiB more than it at the peak."""
     lines = [
-        f"| | {' | '.join(GPU_COLUMNS.values())} |",
-        f"|---|{'--:|' * len(GPU_COLUMNS)}",
+        f"| layer | measured | {' | '.join(GPU_COLUMNS.values())} |",
+        f"|---|---|{'--:|' * len(GPU_COLUMNS)}",
     ]
     for label, key in GPU_ROWS.items():
         providers = results["cells"].get(key, {}).get("providers", {})
-        cells = [over_frozen(providers, name) for name in GPU_COLUMNS]
-        if any(cells):
-            lines.append(f"| {label} | {' | '.join(cells)} |")
+        for what, cell in (("time", time_over), ("memory, MiB", memory_over)):
+            cells = [cell(providers, name) for name in GPU_COLUMNS]
+            if any(cells):
+                lines.append(f"| {label} | {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def over_frozen(providers: Results, name: str) -> str:
+def time_over(providers: Results, name: str) -> str:
     ratio = providers.get(name, {}).get("ratio")
-    if not ratio:
+    return " / ".join(f"{ratio[way]['median']:.2f}" for way in ("fwd", "bwd")) if ratio else ""
+
+
+def memory_over(providers: Results, name: str) -> str:
+    if not providers.get(name, {}).get("peak_bytes"):
         return ""
-    more = (providers[name]["peak_bytes"] - providers["frozen"]["peak_bytes"]) / 2**20
-    ways = " / ".join(f"{ratio[way]['median']:.2f}" for way in ("fwd", "bwd"))
-    return f"{ways}, {more:+.0f} MiB"
+    return f"{(providers[name]['peak_bytes'] - providers['frozen']['peak_bytes']) / 2**20:+.0f}"
 
 
 def compiled(results: Results) -> str:
