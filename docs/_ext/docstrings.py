@@ -110,7 +110,17 @@ def entries_of(block: list[str], known: set[str]) -> list[tuple[str, str]] | Non
         else:
             name, text = entries.pop()
             entries.append((name, f"{text} {line.strip()}"))
-    return entries
+    return [part for name, text in entries for part in told_apart(name, text, known)]
+
+
+def told_apart(name: str, text: str, known: set[str]) -> list[tuple[str, str]]:
+    """An entry and those that follow it on its lines: "... text. other: its text"."""
+    parts, begin = [], 0
+    for found in re.finditer(r"(?<=[.)]) (\w+(?:, \w+)*): ", text):
+        if {*found[1].split(", ")} <= known:
+            parts.append((name, text[begin : found.start()]))
+            name, begin = found[1], found.end()
+    return [*parts, (name, text[begin:])]
 
 
 # -- dataclasses -----------------------------------------------------------------------------------
@@ -166,9 +176,9 @@ def process_docstring(
 def process_signature(
     app: Sphinx, what: str, name: str, value: Any, options: Any, signature: Any, returned: Any
 ) -> tuple[str, Any] | None:
-    dataclass = inspect.isclass(value) and dataclasses.is_dataclass(value)
-    if dataclass and len(dataclasses.fields(value)) > LONG:
-        return "(...)", returned
+    if inspect.isclass(value) and dataclasses.is_dataclass(value):
+        if len(dataclasses.fields(value)) > LONG or "<factory>" in (signature or ""):
+            return "(...)", returned
     return None
 
 

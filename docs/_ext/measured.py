@@ -1,5 +1,5 @@
-"""`{measured}`: the tables of measured numbers, from docs/results/*.json and by the functions of the
-benchmarks, so that no number is typed.
+"""`{measured}`: the tables of measured numbers, from docs/results/*.json and by the functions of
+the benchmarks, so that no number is typed.
 
     ```{measured} adapters_cpu
     ```
