@@ -23,6 +23,33 @@ PAGES = [DOCS / "index.md", *sorted((DOCS / "guides").glob("*.md"))]
 RUN = [page for page in PAGES if "```python" in page.read_text()]
 SLOW = {"training"}  # it trains with transformers and TRL
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+NEEDED = """
+import torch
+from safetensors.torch import save_file
+import structadapt as sa
+
+class Bigram(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = torch.nn.Embedding(8, 32), torch.nn.Linear(32, 8)
+
+    def forward(self, ids, mask=None, position_ids=None):
+        return self.out(self.embed(ids))
+
+torch.manual_seed(0)
+model = sa.adapt(Bigram(), sa.LoRA(rank=2), target="out")
+optimizer = torch.optim.AdamW(sa.adapter_parameters(model), lr=1e-3)
+ids, batches = torch.tensor([[3, 4]]), range(20)
+prompts, reward = [[3], [4], [5]] * 4, lambda prompt, completion: float(completion[:1] == prompt)
+config = sa.grpo.Config(eos_token_id=0, max_new_tokens=3, prompts_per_step=6)
+name = "model.layers.0.self_attn.q_proj.weight"
+weight = torch.randn(32, 32)
+for folder in ("base", "tuned", "a", "b"):
+    Path(folder).mkdir()
+    change = 0.0 if folder == "base" else 0.01 * torch.randn(32, 32)
+    save_file({name: weight + change}, f"{folder}/model.safetensors")
+"""  # what the blocks of the pages below leave to the reader
+TOPICS = [DOCS / f"{name}.md" for name in ("kernels", "monitor", "preflight", "spectra")]
 NOT_RUN = {"sh", "text", "{measured}", "{toctree}", "{eval-rst}", ""}
 
 
@@ -65,7 +92,14 @@ def test_the_code_of_a_page_runs(page, alone, capsys):
     runpy.run_path(str(file), run_name="page")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=names_of)
+@pytest.mark.parametrize("page", TOPICS, ids=names_of)
+def test_the_code_of_a_topic_runs(page, alone):
+    names = {"Path": Path}
+    exec(NEEDED, names)
+    exec(compile(program(page), str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *TOPICS, DOCS / "scaling.md"], ids=names_of)
 def test_every_block_is_of_a_known_kind(page):
     kinds = {line[3:].split()[0] for line in page.read_text().split("\n") if re.match("```.", line)}
     assert kinds <= {"python", *NOT_RUN}

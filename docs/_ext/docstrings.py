@@ -177,8 +177,8 @@ def process_signature(
     app: Sphinx, what: str, name: str, value: Any, options: Any, signature: Any, returned: Any
 ) -> tuple[str, Any] | None:
     if inspect.isclass(value) and dataclasses.is_dataclass(value):
-        if len(dataclasses.fields(value)) > LONG or "<factory>" in (signature or ""):
-            return "(...)", returned
+        crowded = len(dataclasses.fields(value)) > LONG or "<factory>" in (signature or "")
+        return ("(...)", returned) if crowded else None
     return None
 
 
