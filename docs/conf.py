@@ -1,4 +1,7 @@
-"""Sphinx's configuration: sphinx-build -W --keep-going -b html docs docs/_build/html"""
+"""Sphinx's configuration: sphinx-build -W --keep-going -b html docs docs/_build/html
+
+The reference imports the integrations: transformers, PEFT and TRL have to be there (the extra dev).
+"""
 
 import sys
 from pathlib import Path

@@ -55,7 +55,8 @@ def restructured(lines: list[str], names: Iterable[str]) -> list[str]:
     blocks = iter(grouped(lines))
     for indented, block in blocks:
         if indented:
-            out += ["::", "", *(f"    {line}".rstrip() for line in block), ""]
+            plain = (CODE.sub(r"\2", line) for line in block)
+            out += ["::", "", *(f"    {line}".rstrip() for line in plain), ""]
             continue
         entries = entries_of(block, known)
         if entries is None:
@@ -130,7 +131,8 @@ def fields_of(cls: type) -> list[str]:
     """The fields of a dataclass with type, default and the comment in the source."""
     rows = []
     for owner in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(owner) or "__annotations__" not in vars(owner):
+        ours = owner.__module__.startswith("structadapt")
+        if not (ours and dataclasses.is_dataclass(owner) and "__annotations__" in vars(owner)):
             continue
         source = textwrap.dedent(inspect.getsource(owner)).split("\n")
         (body,) = ast.parse("\n".join(source)).body
