@@ -359,8 +359,11 @@ def test_a_cells_folder_holds_no_other_cell(tmp_path):
 @pytest.mark.parametrize("trained", ["lora", "full"])
 def test_a_cell_on_two_processes_is_the_cell_on_one(study, tmp_path, trained):
     found, out = study
-    cell = next(c for c in found.cells if c.adapter == trained)
-    assert runner.work([replace(cell, processes=2)], tmp_path) == 0
+    cell = replace(next(c for c in found.cells if c.adapter == trained), processes=2)
+    with pytest.raises(distributed.StoppedError):
+        runner.work([cell], tmp_path, stop=lambda: True)
+    assert folders.status([cell], tmp_path)[0].state == folders.HALTED
+    assert runner.work([cell], tmp_path) == 0
     one, two = folders.folder_of(out, cell), folders.folder_of(tmp_path, cell)
     first, second = (
         [json.loads(line)["grad_norm"] for line in (f / "metrics.jsonl").read_text().splitlines()]

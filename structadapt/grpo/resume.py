@@ -157,8 +157,7 @@ class Checkpoints:
             )
         state = unflatten(content["state"], tensors)
         _put(learner, guard, state, folder / sharded.FOLDER)
-        for observer, kept in zip(observers, state["observers"], strict=True):
-            observer.load_state_dict(kept)
+        _put_observers(observers, state["observers"], folder / sharded.FOLDER)
         put_random_state(unflatten(content["random"], tensors)[learner.rank])
         step = content["step"]
         return Step(**{**step, "alarms": tuple(step["alarms"])})
@@ -274,6 +273,25 @@ def _put(learner: Learner, guard: Guard, state: dict[str, Any], folder: Path) ->
         learner.scheduler.load_state_dict(state["scheduler"])
     learner.nonfinite, learner.left_out, learner.attempts = state["nonfinite"]
     vars(guard).update(state["guard"])
+
+
+def _put_observers(observers: Sequence[Observer], kept: list[Any], folder: Path) -> None:
+    """What an observer holds sharded is read in the layout that it has it in now."""
+    shards: dict[str, Tensor] = {}
+
+    def filled(value: Any, here: Any) -> Any:
+        if isinstance(value, dict) and isinstance(here, dict):
+            return {k: filled(v, here.get(k)) for k, v in value.items()}
+        return _like(here, value, shards)
+
+    states = [
+        filled(state, observer.state_dict())
+        for observer, state in zip(observers, kept, strict=True)
+    ]
+    if shards:
+        sharded.read(shards, folder)
+    for observer, state in zip(observers, states, strict=True):
+        observer.load_state_dict(state)
 
 
 def _like(target: Tensor, value: Any, shards: dict[str, Tensor]) -> Any:

@@ -1,12 +1,8 @@
 """One cell on several processes of one machine: adapters replicated, a base that trains sharded.
 
-    torchrun --standalone --nproc-per-node=8 -m structadapt.study.distributed FOLDER --launcher PID
-
-FOLDER is the cell's, with its cell.json. `structadapt study run` starts this for a cell with
-processes > 1, and these processes end when the one that started them does.
+`structadapt study run` starts them with torchrun for a cell with processes > 1 (see `one_cell`).
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -86,7 +82,7 @@ def launch(
     (folder / STOP).unlink(missing_ok=True)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={cell.processes}", "-m", "structadapt.study.distributed", str(folder),
+        f"--nproc-per-node={cell.processes}", "-m", "structadapt.study.one_cell", str(folder),
         "--threads", str(threads), "--launcher", str(os.getpid()), *["--no-save"] * (not save),
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, pass_fds=[lock.fileno()],
@@ -127,30 +123,3 @@ def is_alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def main() -> int:
-    from structadapt.study.runs import run  # which imports this module
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--launcher", type=int, default=os.getpid(), help="ends when this one does")
-    parser.add_argument("--no-save", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    cell = folders.cell_in(args.folder)
-
-    def stop() -> bool:
-        return (args.folder / STOP).exists() or not is_alive(args.launcher)
-
-    with group(cell):
-        try:
-            run(cell, args.folder, stop=stop, save=not args.no_save)
-        except StoppedError:  # no failure, or torchrun would call it one
-            (args.folder / STOP).touch()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
