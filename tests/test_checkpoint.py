@@ -17,6 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 import structadapt as sa
 from structadapt.checkpoint import AdapterFileError, read_adapters
+from structadapt.files import UNSEALED, sealed
 
 
 def parts(path):
@@ -26,7 +27,9 @@ def parts(path):
 
 
 def write(path, metadata, tensors):
-    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    """Sealed, as whoever writes such a file would."""
+    text = re.sub('"sha256": "[0-9a-f]*"', f'"sha256": "{UNSEALED}"', metadata["structadapt"])
+    path.write_bytes(sealed(safetensors.torch.save(tensors, {"structadapt": text})))
 
 
 def edited(path, change):
@@ -104,6 +107,23 @@ def test_every_truncation_is_refused(saved):
     refuse(base, path, "is truncated or no safetensors file")
 
 
+def test_a_file_of_the_format_without_a_seal_is_read(saved, ids):
+    base, path = saved
+    expected = sa.load(copy.deepcopy(base), path)(ids)
+    edited(path, lambda header: (header.update(format=1), header.pop("sha256")))
+    assert torch.equal(sa.load(base, path)(ids), expected)
+
+
+def test_a_file_of_which_a_bit_is_another_one_is_refused(saved):
+    base, path = saved
+    data = path.read_bytes()
+    for place in range(0, len(data), len(data) // 97):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        refuse(base, path, "adapter.safetensors")
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    refuse(base, path, "was altered since it was saved: its content does not give its sha256")
+
+
 def test_a_foreign_safetensors_file_is_refused(saved):
     base, path = saved
     safetensors.torch.save_file({"weight": torch.ones(2, 2)}, path)
@@ -113,7 +133,8 @@ def test_a_foreign_safetensors_file_is_refused(saved):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda h: h.update(format=2), "has format 2, this version reads 1: update"),
+        (lambda h: h.update(format=3), "has format 3, this version reads 2: update"),
+        (lambda h: h.update(format=1), "has format 1, this version reads 2: update"),
         (lambda h: h.pop("layers"), "description is damaged: KeyError"),
         (lambda h: h.update(layers=[1]), "description is damaged"),
         (lambda h: h.update(layers={}), "holds no layer"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Set
 from structadapt.layers import plain_name
 from structadapt.spectra.matrix import DTYPES, SourceError, Stored
 
+LONGEST_NAME = 1000  # characters
 Patterns = str | Iterable[str] | None
 
 PEFT_PREFIX = "base_model.model."
@@ -37,6 +38,8 @@ def unfit_name(key: object) -> str:
         return f"its name is {type(key).__name__} {key!r:.60}, no text"
     if not key.isprintable():
         return "its name holds control characters"
+    if len(key) > LONGEST_NAME:
+        return f"its name has {len(key)} characters"
     return ""
 
 
