@@ -12,7 +12,7 @@ is refused. Format 1 had none, and is read.
 """
 
 import os
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -23,7 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from structadapt.adapters.base import Adapter
-from structadapt.bounds import METADATA, parse_json, read_header, regular_size
+from structadapt.bounds import (
+    METADATA,
+    in_part,
+    parse_json,
+    read_header,
+    regular_size,
+    unfit_name,
+)
 from structadapt.files import has_seal
 from structadapt.ops import wide_dtype
 
@@ -34,6 +41,9 @@ LARGEST_WIDTH = 2**24  # of a layer in a file
 
 class AdapterFileError(ValueError):
     """A file that is not a whole adapter file, or not one for this model."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(in_part(message))
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,10 @@ class SavedLayer:
 
 def is_adapter_file(path: str | os.PathLike[str]) -> bool:
     """Whether a safetensors file was written by `save`, from its header alone."""
-    with _whole(path), open(path, "rb") as file:
-        return "structadapt" in _metadata(read_header(file, regular_size(path))[1])
+    with _whole(path):
+        size = regular_size(path)  # before open(), which waits for the other end of a pipe
+        with open(path, "rb") as file:
+            return "structadapt" in _metadata(read_header(file, size)[1])
 
 
 def read_adapters(
@@ -104,7 +116,7 @@ def _refuse_altered(path: str | os.PathLike[str], metadata: Mapping[str, str], d
 
 
 def saved_layout(
-    path: str | os.PathLike[str], metadata: Mapping[str, str], names: Container[str]
+    path: str | os.PathLike[str], metadata: Mapping[str, str], names: Collection[str]
 ) -> dict[str, SavedLayer]:
     """The layers of an adapter file from its metadata and the names of its tensors alone: their
     tensors are on the meta device. Raises AdapterFileError."""
@@ -121,6 +133,10 @@ def saved_layout(
                 f"{path} has format {header['format']!r:.50}, this version reads {FORMAT}: "
                 "update structadapt"
             )
+        if len(header["layers"]) > len(names):  # each has a tensor
+            raise ValueError(f"it describes {len(header['layers'])} layers, and has fewer tensors")
+        if any(map(unfit_name, header["layers"])):
+            raise ValueError("the name of a layer is too long, or holds control characters")
         described = {n: _describe(entry) for n, entry in header["layers"].items()}
         expected = {n: a.init(torch.empty(s, device="meta")) for n, (a, s) in described.items()}
         for name, (_, shape) in described.items():
@@ -140,8 +156,10 @@ def saved_layout(
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """All tensors of a safetensors file. AdapterFileError if it is truncated or damaged."""
-    with _whole(path), open(path, "rb") as file:
-        read_header(file, regular_size(path))
+    with _whole(path):
+        size = regular_size(path)
+        with open(path, "rb") as file:
+            read_header(file, size)
         return safetensors.torch.load_file(path)
 
 

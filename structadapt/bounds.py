@@ -10,8 +10,10 @@ import stat
 from itertools import pairwise
 from typing import Any, BinaryIO
 
-LARGEST_JSON = 32 * 2**20  # bytes; the header of 100,000 tensors has 13 MB
-MOST_VALUES = 2**20  # in it: a tensor's entry in a header has 8
+LARGEST_JSON = 32 * 2**20  # bytes; the header of 50,000 tensors has 7 MB
+MOST_VALUES = 2**19  # in it: a tensor in a header has 8, an adapted layer 25
+LONGEST_NAME = 1000  # characters, of a tensor or a layer
+LONGEST_MESSAGE = 2000  # characters
 METADATA = "__metadata__"  # the one entry of a safetensors header that is no tensor
 
 
@@ -53,6 +55,20 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def in_part(message: str) -> str:
+    """A message that quotes a file, which can hold a text of any length: the beginning of it."""
+    return message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}..."
+
+
+def unfit_name(name: str) -> str:
+    """Why a tensor or a layer cannot have this name, or nothing."""
+    if not name.isprintable():
+        return "its name holds control characters"
+    if len(name) > LONGEST_NAME:
+        return f"its name has {len(name)} characters"
+    return ""
+
+
 def read_header(file: BinaryIO, size: int) -> tuple[bytes, dict[str, Any]]:
     """The beginning of a safetensors file up to its data, and what its header says.
 
@@ -68,8 +84,11 @@ def read_header(file: BinaryIO, size: int) -> tuple[bytes, dict[str, Any]]:
     try:
         ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != METADATA]
         end = max([0, *ends])
+        unfit = next(filter(None, map(unfit_name, entries)), "")
     except (TypeError, LookupError, AttributeError):
         raise ValueError("its header is damaged") from None
+    if unfit:
+        raise ValueError(f"it holds a tensor of which {unfit}")
     if end != size - 8 - length:
         raise ValueError(f"its tensors end after {8 + length + end} bytes, and it has {size}")
     return beginning + text, entries

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 UNSEALED = "0" * 64  # where the seal goes
 
 
@@ -61,7 +63,8 @@ def whole_folder(
     the exchange, or the new folder. A folder at `path` may be replaced if it is empty or every
     name in it is `replaceable`. When the body raises, nothing is left behind.
 
-    Raises FileExistsError for anything else at `path`, FileNotFoundError if its parent is missing.
+    Raises FileExistsError for anything else at `path`, FileNotFoundError if its parent is missing,
+    and OSError also for what safetensors cannot write.
     """
     target = Path(os.path.realpath(path))
     refuse_foreign(target, replaceable)
@@ -73,8 +76,12 @@ def whole_folder(
             sync(entry)
         refuse_foreign(target, replaceable)
         take_place(new, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
+        number = re.search(r"os error (\d+)", str(error))
+        if isinstance(error, SafetensorError) and number:  # a full disk, as safetensors says it
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(target)) from None
         raise
     sync(target.parent)
 

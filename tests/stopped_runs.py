@@ -255,7 +255,7 @@ def _other(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         if tensor.dtype == torch.uint8:  # the words of a generator, its place in them as it was
             flat[100:4000] ^= 1
         else:
-            flat[-1] += 0.5
+            flat[-1] += 0.5 if tensor.is_floating_point() else 1
         tensors[value["tensor"]] = tensor
         return value
     if isinstance(value, bool):

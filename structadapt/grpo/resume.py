@@ -39,7 +39,8 @@ class Checkpoints:
     keep, the data's position and the random number generators of Python, NumPy and torch. (The
     sampler has none: its noise is keyed by what it is for.) Frozen weights are not in it; a
     fingerprint of them is. It is written beside its place and moved there when all of it is on the
-    disk, and older ones go only then; a state whose content does not match its hashes is passed over.
+    disk, and older ones go only then; a state whose content does not match its hashes is passed
+    over.
     What is sharded over the processes (DTensors) is written by each of them, with
     torch.distributed.checkpoint: never whole in one place.
     """

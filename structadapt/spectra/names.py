@@ -3,10 +3,10 @@
 import re
 from collections.abc import Callable, Iterable, Set
 
+from structadapt import bounds
 from structadapt.layers import plain_name
 from structadapt.spectra.matrix import DTYPES, SourceError, Stored
 
-LONGEST_NAME = 1000  # characters
 Patterns = str | Iterable[str] | None
 
 PEFT_PREFIX = "base_model.model."
@@ -36,11 +36,7 @@ def unfit_name(key: object) -> str:
     """Why a tensor cannot have this name, or nothing."""
     if not isinstance(key, str):
         return f"its name is {type(key).__name__} {key!r:.60}, no text"
-    if not key.isprintable():
-        return "its name holds control characters"
-    if len(key) > LONGEST_NAME:
-        return f"its name has {len(key)} characters"
-    return ""
+    return bounds.unfit_name(key)
 
 
 def is_stack(stored: Stored) -> bool:
