@@ -148,6 +148,20 @@ def _described(kind: str, name: str, place: tuple[str, ...], value: Any,
               harmless=harmless)  # fmt: skip
 
 
+OFFSETS = [
+    (0, 0), (0, 1), (-1, 63), (64, 0), (1, 65), (0, 2**63), (2**63, 2**63 + 64), (0, 64.0),
+    ("0", "64"), (None, None), (8, 72), (10**6, 10**6 + 64),
+]  # fmt: skip
+DTYPES = [
+    "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F64", "I64", "U8", "BOOL", "C64", "", "f32", "F33",
+    None, 1, [], {}, "F32\0", "A" * MIB,
+]  # fmt: skip
+OF_A = [
+    [16], [2, 9], [8, 2], [2**62, 2**62], [2**31, 2**31], [-2, -8], [2, 8, 1], [0], [],
+    [1] * 100_000, "28", None, {}, [2.0, 8.0], [True, 16],
+]  # fmt: skip
+
+
 def lies() -> Iterator[Case]:
     """Of the header's length, and of where tensors lie."""
     for n in [0, 1, 2, 7, *(2**k for k in range(3, 64, 3)), 2**64 - 1, 2**63, 2**32 - 1]:
@@ -156,36 +170,22 @@ def lies() -> Iterator[Case]:
             return n.to_bytes(8, "little") + raw(h, d)[8:]
 
         yield of("lies", f"a header of {n} bytes", lambda b=build: with_header(b))
-    offsets = [(0, 0), (0, 1), (-1, 63), (64, 0), (1, 65), (0, 2**63), (2**63, 2**63 + 64),
-               (0, 64.0), ("0", "64"), (None, None), (8, 72), (10**6, 10**6 + 64)]  # fmt: skip
-    for place in offsets:
-
-        def build(h: dict[str, Any], d: bytes, place: Any = place) -> bytes:
-            h["blocks.0.attn.A"]["data_offsets"] = list(place)
-            return resealed(raw(h, d))
-
-        yield of("lies", f"offsets {place}", lambda b=build: with_header(b))
-    codes = ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F64", "I64", "U8", "BOOL", "C64", "", "f32",
-             "F33", None, 1, [], {}, "F32\0", "A" * MIB]  # fmt: skip
-    for code in codes:
-
-        def build(h: dict[str, Any], d: bytes, code: Any = code) -> bytes:
-            h["blocks.0.attn.A"]["dtype"] = code
-            return resealed(raw(h, d))
-
-        yield of("lies", f"dtype {code!r:.20}", lambda b=build: with_header(b))
-    shapes = [[16], [2, 9], [8, 2], [2**62, 2**62], [2**31, 2**31], [-2, -8], [2, 8, 1], [0], [],
-              [1] * 100_000, "28", None, {}, [2.0, 8.0], [True, 16]]  # fmt: skip
-    for shape in shapes:
-
-        def build(h: dict[str, Any], d: bytes, shape: Any = shape) -> bytes:
-            h["blocks.0.attn.A"]["shape"] = shape
-            return resealed(raw(h, d))
-
-        yield of("lies", f"shape {shape!r:.20}", lambda b=build: with_header(b))
+    for key, options in {"data_offsets": OFFSETS, "dtype": DTYPES, "shape": OF_A}.items():
+        for value in options:
+            yield of("lies", f"{key} {value!r:.30}", lambda k=key, v=value: _with_entry(k, v))
     for count, extra in itertools.product((1, 8, 4096), (b"\0", b"{", b"\xff")):
         yield of("lies", f"{count} more bytes", lambda n=count, x=extra: with_header(
             lambda h, d: resealed(raw(h, d + x * n))))  # fmt: skip
+
+
+def _with_entry(key: str, value: Any) -> bytes:
+    """Another value in the header's entry of one tensor."""
+
+    def build(header: dict[str, Any], data: bytes) -> bytes:
+        header["blocks.0.attn.A"][key] = value
+        return resealed(raw(header, data))
+
+    return with_header(build)
 
 
 def sizes() -> Iterator[Case]:

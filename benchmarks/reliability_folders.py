@@ -177,7 +177,7 @@ def configurations() -> Iterator[Case]:
     rank = {"r", "rank_pattern"}  # spectra takes that of the tensors
     for field, options in fields.items():
         for value in options:
-            if field in ("r", "lora_alpha") and value is None:
+            if field in ("r", "lora_alpha", "bias") and value is None:  # the default
                 continue
             yield _configured(f"{field}={value!r:.40}", SPECTRA if field in lax | rank else (),
                               **{field: value})  # fmt: skip
@@ -225,8 +225,7 @@ def texts() -> Iterator[Case]:
             (folder / file).write_bytes(text)
             return folder
 
-        slow = (*SPECTRA, "sa.load") if name == "many patterns" else ()
-        yield Case("texts", f"{name} as {file}", build, slow)
+        yield Case("texts", f"{name} as {file}", build)
 
 
 # -- indexes ---------------------------------------------------------------------------------------

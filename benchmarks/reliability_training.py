@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,10 @@ def _child(name: str, *arguments: int) -> Any:
 # -- merges ----------------------------------------------------------------------------------------
 
 
-def digest(tensors: list[Tensor]) -> str:
+def digest(tensors: Sequence[Tensor]) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.detach().contiguous().view(torch.uint8).numpy())
+        found.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

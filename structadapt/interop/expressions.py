@@ -33,7 +33,7 @@ def match(pattern: str, text: str, whole: bool) -> re.Match[str] | None:
     return expression.fullmatch(text) if whole else expression.match(text)
 
 
-@lru_cache(4096)
+@lru_cache(8192)
 def _compiled(pattern: str) -> tuple[re.Pattern[str], float]:
     """The expression, and the power of the text's length with which its ways grow."""
     try:

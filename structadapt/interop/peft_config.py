@@ -19,6 +19,7 @@ from structadapt.interop.expressions import match
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+MOST_PATTERNS = 4096
 PREFIX = "base_model.model."  # of every tensor's name
 
 # Keys that the import reads, and keys whose value cannot change what the adapter computes.
@@ -177,6 +178,7 @@ def _refuse_types(config: PeftConfig) -> None:
         "rank_pattern": dict,
         "alpha_pattern": dict,
         "target_modules": (str, list),
+        "target_parameters": (str, list),
         "exclude_modules": (str, list),
         "layers_pattern": (str, list),
         "layers_to_transform": (int, list),
@@ -187,6 +189,8 @@ def _refuse_types(config: PeftConfig) -> None:
         texts = all(isinstance(item, kind) for item in value) if isinstance(value, list) else True
         if value is not None and not (isinstance(value, kinds) and texts):
             raise AdapterFileError(f"{config.path}: {key} is {value!r}")
+        if isinstance(value, dict) and len(value) > MOST_PATTERNS:  # each is tried for each layer
+            raise AdapterFileError(f"{config.path}: {key} has {len(value)} patterns")
     if config["bias"] not in (None, "none", "all", "lora_only"):
         raise AdapterFileError(
             f"{config.path}: bias is {config['bias']!r}, expected 'none', 'all' or 'lora_only'"
