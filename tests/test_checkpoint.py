@@ -124,6 +124,32 @@ def test_a_file_of_which_a_bit_is_another_one_is_refused(saved):
     refuse(base, path, "was altered since it was saved: its content does not give its sha256")
 
 
+def test_what_costs_more_than_it_is_worth_is_refused(saved, tmp_path):
+    base, path = saved
+    data = path.read_bytes()
+    for header, words in [
+        (b'{"a":[' + b"[]," * 2**19 + b"0]}", "more than .* 524288 values"),
+        (b'{"a":' * 10**5, "nested too deeply"),
+        (b'{"a":1,"a":2}', "'a' is there twice"),
+        (b'{"%b":{}}' % (b"a" * 1001), "header is damaged"),
+        (b'{"\\u001b":{"data_offsets":[0,0]}}', "its name holds control characters"),
+    ]:
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        refuse(base, path, words)
+    os.truncate(path, 2**40)  # holes
+    refuse(base, path, "is truncated or no safetensors file")
+    path.write_bytes(data)
+    edited(path, lambda h: h["layers"]["blocks.0.attn"].update(adapter="A" * 10**6))
+    with pytest.raises(AdapterFileError, match="unknown adapter") as error:
+        sa.load(base, path)
+    assert len(str(error.value)) < 3000
+    edited(path, lambda h: h["layers"].update({"a\n": h["layers"].pop("blocks.0.attn")}))
+    refuse(base, path, "control characters|unknown adapter")
+    path.unlink()
+    os.mkfifo(path)
+    refuse(base, path, "is no regular file")
+
+
 def test_a_foreign_safetensors_file_is_refused(saved):
     base, path = saved
     safetensors.torch.save_file({"weight": torch.ones(2, 2)}, path)

@@ -131,9 +131,9 @@ def test_a_checkpoint_of_shards_is_read(benchmark, tmp_path):
 
 def test_a_state_with_another_piece_is_passed_over(tmp_path):
     for seal in (False, True):
-        found = stopped_runs.mutated_states(tmp_path / str(seal), seal, lambda n: n % 12 == 3)
+        found = stopped_runs.mutated_states(tmp_path / str(seal), seal, lambda n: n % 25 == 3)
         verdicts = [verdict.partition(":")[0] for verdict in found.values()]
-        assert len(verdicts) > 8
+        assert len(verdicts) > 4
         if not seal:
             assert {*verdicts} == {"passed over"}
         else:
