@@ -11,7 +11,7 @@ import warnings
 from functools import lru_cache
 from typing import Any
 
-MOST_WAYS = 2e6  # of one match: about a tenth of a second
+MOST_WAYS = 2e7  # of one match: less than a second
 LONGEST = 10_000  # characters of an expression
 CHOICE = 0.2  # of 2^k ways for k choices, as a power of a path of some 30 characters
 
@@ -62,7 +62,8 @@ def _of_node(operation: str, value: Any) -> float:
     if operation == "BRANCH":
         alternatives = value[1]
         firsts = [repr(a[0]) if len(a) and str(a[0][0]) == "LITERAL" else "" for a in alternatives]
-        most = max(max(firsts.count(first), firsts.count("")) for first in {*firsts})
+        literal = max((firsts.count(first) for first in firsts if first), default=0)
+        most = max(literal + firsts.count(""), 1)  # that can begin with the same character
         return max(map(_power, alternatives)) + CHOICE * math.log2(most)
     # Groups, conditions and looks ahead hold sequences somewhere among their values.
     values = value if isinstance(value, list | tuple) else [value]
