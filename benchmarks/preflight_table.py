@@ -15,14 +15,13 @@ optimizer steps on each rollout as `structadapt grpo` does, test them.
 import argparse
 import copy
 import json
-import math
 import platform
 import random
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from structadapt.adapters import Adapter
 from structadapt.examples import tiny_lm
 from structadapt.files import write_atomically
 from structadapt.grpo.trial import verdict_of
+from structadapt.study.statistics import errors, limits
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "preflight.json"
 RSLORA = {
@@ -205,58 +205,30 @@ def fill(path: Path, cases: list[tuple[str, float, int, Protocol]]) -> None:
 # -- what the rows say -----------------------------------------------------------------------------
 
 
-def thresholds(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Which KL of the first update tells the runs that collapse. ValueError if all or none do.
-
-    safe: the largest of a run that lived and below every one that died, rounded down. collapse: the
-    smallest of a run that died and above every one that lived, rounded up. best: the one limit with
-    the fewest errors, in the (geometric) middle of the gap it stands in.
-    """
-    lived = sorted(row["kl"] for row in rows if not row["collapsed"])
-    died = sorted(row["kl"] for row in rows if row["collapsed"])
-    if not lived or not died:
-        raise ValueError("every run lived, or none did: nothing to choose from")
-    limits = [(a * b) ** 0.5 for a, b in pairwise(sorted([*lived, *died]))]
-    best = min(limits, key=lambda limit: errors(rows, limit))
-    return {
-        "safe": two_digits(max(kl for kl in lived if kl < died[0]), math.floor),
-        "collapse": two_digits(min(kl for kl in died if kl > lived[-1]), math.ceil),
-        "largest_lived": lived[-1],
-        "smallest_died": died[0],
-        "best": best,
-        "errors": errors(rows, best),
-    }
-
-
-def errors(rows: list[dict[str, Any]], limit: float) -> int:
-    """Runs that lived from the limit on, or died below it."""
-    return sum((row["kl"] >= limit) != row["collapsed"] for row in rows)
-
-
-def two_digits(value: float, towards: Any) -> float:
-    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return float(f"{towards(value / unit) * unit:.2g}")
+def points(rows: list[dict[str, Any]]) -> list[tuple[float, bool]]:
+    """(KL of the first update, whether it collapsed) of each run."""
+    return [(row["kl"], row["collapsed"]) for row in rows]
 
 
 def conclusion(results: dict[str, Any]) -> str:
     """In words, what the rows say of the limits and of the hypothesis they set out to test."""
     rows = [row for row in results["rows"] if row["protocol"] == PROTOCOLS[0].name]
-    found, count = thresholds(rows), len(rows)
+    found, count = limits(points(rows)), len(rows)
     first = [row for row in rows if row["seed"] == 0]
     others = [row for row in rows if row["seed"] != 0]
-    limit = thresholds(first)["best"]
+    limit = limits(points(first)).best
     wrong = [r for r in rows if (r["collapsed"] and r["kl"] <= 0.42)
              or (not r["collapsed"] and r["kl"] >= 0.7)]  # fmt: skip
-    between = sum(found["safe"] < row["kl"] < found["collapse"] for row in rows)
+    between = sum(found.safe < row["kl"] < found.collapse for row in rows)
     lines = [
         f"- {count} runs of one update a rollout, {sum(r['collapsed'] for r in rows)} of them "
-        f"collapsed. The largest KL that lived is {found['largest_lived']:.3g}, the smallest that "
-        f"died {found['smallest_died']:.3g}.",
-        f"- Limits from these runs: safe up to {found['safe']:.2g}, collapse from "
-        f"{found['collapse']:.2g}; {between} runs lie between.",
-        f"- The best single limit, {found['best']:.2g}, is wrong for {found['errors']} of {count} "
-        f"({found['errors'] / count:.1%}). The one that seed 0 alone chooses, {limit:.2g}, is "
-        f"wrong for {errors(others, limit)} of the {len(others)} runs with other seeds.",
+        f"collapsed. The largest KL that lived is {found.largest_lived:.3g}, the smallest that "
+        f"died {found.smallest_died:.3g}.",
+        f"- Limits from these runs: safe up to {found.safe:.2g}, collapse from "
+        f"{found.collapse:.2g}; {between} runs lie between.",
+        f"- The best single limit, {found.best:.2g}, is wrong for {found.errors} of {count} "
+        f"({found.errors / count:.1%}). The one that seed 0 alone chooses, {limit:.2g}, is "
+        f"wrong for {errors(points(others), limit)} of the {len(others)} runs with other seeds.",
         "- The hypothesis (from 0.7 on all die, up to 0.42 all live) "
         + (f"fails for {len(wrong)} of {count} runs." if wrong else "holds for all of them."),
     ]
@@ -270,8 +242,8 @@ def conclusion(results: dict[str, Any]) -> str:
         )
     tests = [row for row in results["rows"] if row["protocol"] != PROTOCOLS[0].name]
     if tests:
-        sure = [r for r in tests if not found["safe"] < r["kl"] < found["collapse"]]
-        bad = errors(sure, found["collapse"])
+        sure = [r for r in tests if not found.safe < r["kl"] < found.collapse]
+        bad = errors(points(sure), found.collapse)
         lines.append(
             f"- {len(tests)} runs of four updates a rollout, which chose nothing: a verdict other "
             f"than uncertain for {len(sure)}, wrong for {bad}."

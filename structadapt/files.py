@@ -1,4 +1,4 @@
-"""Write a file or a folder whole or not at all, and seal it, so that any change is seen."""
+"""Write a file or a folder whole or not at all, seal it, and let one process at a time do so."""
 
 import errno
 import hashlib
@@ -7,9 +7,11 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -142,3 +144,50 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+LOOKS = 5  # at a lock that somebody may only be asking about
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[IO[str] | None]:
+    """Hold a lock file that one process at a time can hold; its death lets go of it.
+
+    Yields the open file; None if another process holds it and we do not `wait`. OSError on a
+    system without POSIX file locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(errno.ENOSYS, "this system has no POSIX file locks", str(path)) from None
+    with open(path, "a+") as file:
+        if wait:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+            return
+        for look in range(LOOKS):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02 * look)
+        else:
+            yield None
+            return
+        yield file
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock now. Asks without taking it for itself."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

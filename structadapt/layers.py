@@ -25,7 +25,8 @@ WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  
 
 
 class AdaptedLinear(Adapted, nn.Linear):
-    """A frozen nn.Linear with an adapter."""
+    """A frozen nn.Linear with an adapter: `weight` (out, in) and `bias` (out,) under their names,
+    and the adapter's tensors, in fp32 or wider, beside them. `adapt` turns a layer into one."""
 
     plain = nn.Linear
 

@@ -194,7 +194,8 @@ def _naming(name: str) -> Iterator[None]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context the model computes what the base model computes, bit for bit."""
+    """Within this context the model computes what the base model computes, bit for bit. Raises
+    ValueError if the model is not adapted."""
     before = {layer: layer.enabled for layer in adapted_layers(model).values()}
     try:
         for layer in before:
@@ -209,12 +210,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The trained tensors of every adapter, for the optimizer."""
+    """The trained tensors of every adapter, for the optimizer. Raises ValueError if the model is
+    not adapted."""
     return (p for layer in adapted_layers(model).values() for p in layer.trained_tensors())
 
 
 def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, W' - W) of each adapted layer, (out, in) in fp32; merged or not."""
+    """(name, W' - W) of each adapted layer, (out, in) in fp32; merged or not. Raises ValueError if
+    the model is not adapted."""
     return ((name, layer.delta_weight()) for name, layer in adapted_layers(model).items())
 
 
@@ -264,7 +267,8 @@ def plan(
 
 
 def summary(model: nn.Module) -> Plan:
-    """The plan of an adapted model: its layers, parameters, FLOPs and memory."""
+    """The plan of an adapted model: its layers, parameters, FLOPs and memory. Raises ValueError if
+    it is not adapted."""
     rows = [layer_plan(name, m.adapter, m) for name, m in adapted_layers(model).items()]
     return Plan(rows, _base_parameters(model))
 

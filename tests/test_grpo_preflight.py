@@ -18,6 +18,7 @@ from test_grpo_train import EOS, PROMPTS, Plain, assert_same_bits, count_fives, 
 import structadapt as sa
 from structadapt.grpo import trial, undo
 from structadapt.grpo.sizes import spectral_norm
+from structadapt.study.statistics import limits
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "preflight_table.py"
@@ -331,8 +332,8 @@ def results(benchmark):
 def test_the_limits_are_those_of_the_measured_runs(benchmark, results):
     rows = [row for row in results["rows"] if row["protocol"] == "1 update"]
     assert len(rows) >= 40
-    found = benchmark.thresholds(rows)
-    assert (found["safe"], found["collapse"]) == (trial.SAFE_KL, trial.COLLAPSE_KL)
+    found = limits(benchmark.points(rows))
+    assert (found.safe, found.collapse) == (trial.SAFE_KL, trial.COLLAPSE_KL)
     for row in rows:
         verdict = trial.verdict_of(row["kl"])
         assert verdict != ("safe" if row["collapsed"] else "will collapse"), row
@@ -351,21 +352,6 @@ def test_every_measured_run_is_one_of_the_script_and_once(benchmark, results):
     assert results["protocols"] == json.loads(
         json.dumps({p.name: vars(p) for p in benchmark.PROTOCOLS})
     )
-
-
-def test_limits_of_made_up_runs(benchmark):
-    def limits(lived, died):
-        return benchmark.thresholds([{"kl": kl, "collapsed": False} for kl in lived]
-                                    + [{"kl": kl, "collapsed": True} for kl in died])  # fmt: skip
-
-    found = limits([0.1, 0.2345], [0.7321, 2.0])
-    assert (found["safe"], found["collapse"], found["errors"]) == (0.23, 0.74, 0)
-    assert found["best"] == pytest.approx((0.2345 * 0.7321) ** 0.5)
-    found = limits([0.1, 0.2, 0.5], [0.3, 0.9, 2.0])
-    assert (found["safe"], found["collapse"], found["errors"]) == (0.2, 0.9, 1)
-    assert (found["largest_lived"], found["smallest_died"]) == (0.5, 0.3)
-    with pytest.raises(ValueError, match="nothing to choose from"):
-        limits([0.1], [])
 
 
 def test_the_script_runs_and_goes_on(tmp_path):

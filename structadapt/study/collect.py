@@ -1,14 +1,17 @@
 """What the folders of a study's runs hold, one flat record a run, small enough to commit."""
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+from structadapt.examples.process import read_log
 from structadapt.spectra import Report
-from structadapt.study.runs import CELL, ERROR, MONITOR, SPECTRA, STEPS, SUMMARY
+from structadapt.spectra.drawing import curve, drawable
+from structadapt.study import folders, grid
+from structadapt.study.cell import ADAPTERS, OPTIONS
 
 Row = dict[str, Any]  # a run: the fields of its Cell, and what came out
 FIGURES = "study.json"
@@ -21,94 +24,91 @@ POINTS = 24  # of a curve of singular values
 TRACE = 33  # readings of a trace, at most
 
 
-def rows_of(out: Path) -> tuple[list[Row], list[dict[str, str]]]:
-    """(finished runs, {id, error} of those that failed), from a study's folder, or from the
-    study.json of an earlier report. ValueError for a folder with neither."""
-    folders = sorted(path.parent for path in out.glob(f"cells/*/{CELL}"))
-    if not folders:
-        if not (out / FIGURES).is_file():
+def collected(out: Path) -> dict[str, Any]:
+    """{"runs": finished runs, "failed": {id, error} of those that failed, "planned": cells of the
+    grid}, from a study's folder, or from the study.json of an earlier report. ValueError for a
+    folder with neither, or with a damaged file."""
+    cells = sorted(path.parent for path in out.glob(f"{folders.CELLS}/*/{folders.CELL}"))
+    if not cells:
+        whole = folders.read(out / FIGURES)
+        if not isinstance(whole, dict) or not {"runs", "failed", "planned"} <= whole.keys():
             raise ValueError(f"{out} holds no run of a study")
-        whole = json.loads((out / FIGURES).read_text())
-        return whole["runs"], whole["failed"]
-    rows = [_row(folder) for folder in folders if (folder / SUMMARY).exists()]
-    failed = [
-        {"id": folder.name, "error": json.loads((folder / ERROR).read_text())["error"]}
-        for folder in folders
-        if (folder / ERROR).exists()
-    ]
-    if not rows and not failed:
+        return {name: whole[name] for name in ("runs", "failed", "planned")}
+    rows = [_row(folder) for folder in cells if (folder / folders.SUMMARY).exists()]
+    if not rows:
         raise ValueError(f"no run in {out} is finished")
-    return rows, failed
+    failed = [{"id": folder.name, "error": error["error"]} for folder in cells
+              if (error := folders.read(folder / folders.ERROR))]  # fmt: skip
+    path = out / folders.GRID
+    planned = len(grid.read(path).cells) if path.exists() else len(cells)
+    return {"runs": sorted(rows, key=_order), "failed": failed, "planned": planned}
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    number = [row[name] or 0 for name in ("rank", "scale")]
+    kind = list(ADAPTERS).index(row["adapter"])
+    texts = [str(row[name]) for name in ("axes", "init")]
+    return (row["model"], row["task"], row["method"], row["prompts"], kind, *number, *texts,
+            row["batch"], row["rate"], row["seed"])  # fmt: skip
 
 
 def _row(folder: Path) -> Row:
-    cell = json.loads((folder / CELL).read_text())
-    summary = json.loads((folder / SUMMARY).read_text())
-    del cell["parts"]
-    steps = [json.loads(line) for line in (folder / STEPS).read_text().splitlines()]
+    cell = folders.cell_in(folder)
+    summary = folders.read(folder / folders.SUMMARY)
+    steps = read_log(folder / folders.STEPS)
     own = {k: summary[k] for k in summary if k not in ("id", "monitor", "cold_start")}
     own["seconds"] = round(own["seconds"], 1)
-    own["cold_start"] = (summary["cold_start"] or {}).get("steps")
-    state = summary["monitor"]
+    own["cold_start_steps"] = (summary["cold_start"] or {}).get("steps")
+    state, plain = summary["monitor"], cell.plain()
+    report = None
+    if (folder / folders.SPECTRA).is_dir():
+        report = Report.load(folder / folders.SPECTRA)
     return {
-        **cell,
+        "id": folder.name,
+        **asdict(cell),
+        **{name: getattr(plain, name) for name in OPTIONS},
+        "rate": cell.rate,
+        "scale": cell.scale,
         **own,
         "state": state and state["state"],
         "alarm_at": _first_alarm(state),
         "rewards": [_short(s.get("reward", s.get("held_out"))) for s in steps],
-        "spectra": _spectra(folder),
-        "curve": _curve(folder),
+        "spectra": report and _spectra(report),
+        "curve": report and _curve(report),
         "trace": _trace(folder),
     }
 
 
 def _first_alarm(state: Row | None) -> int | None:
     """The step at which the monitor first saw a collapse coming."""
-    steps = [state["first"][s] for s in ("collapsing", "collapsed") if s in state["first"]] \
-        if state else []  # fmt: skip
-    return min(steps, default=None)
+    first = state["first"] if state else {}
+    return min((first[s] for s in ("collapsing", "collapsed") if s in first), default=None)
 
 
-def _whole(folder: Path) -> tuple[Report, list[Row]] | None:
-    """The spectra of the update, each module once: the whole update where there are two."""
-    if not (folder / SPECTRA).is_dir():
-        return None
-    report = Report.load(folder / SPECTRA)
-    rows = {row["name"]: row for row in report.rows if row["frobenius_norm"]}
-    return report, list(rows.values())
-
-
-def _spectra(folder: Path) -> dict[str, float] | None:
+def _spectra(report: Report) -> dict[str, float]:
     """Medians over the modules."""
-    found = _whole(folder)
-    if found is None or not found[1]:
-        return None
-    values = {n: [r[n] for r in found[1] if r[n] is not None] for n in SPECTRAL}
+    rows = drawable(report)
+    values = {n: [r[n] for r in rows if r[n] is not None] for n in SPECTRAL}
     return {name: _short(median(v)) for name, v in values.items() if v}
 
 
-def _curve(folder: Path) -> list[list[float]] | None:
-    """[(i - 1) / (n - 1), median over the modules of s_i / s_1], at some of the i."""
-    found = _whole(folder)
-    if found is None or not found[1]:
-        return None
-    report, rows = found
-    shares = np.linspace(0, 1, POINTS)
-    curves = []
-    for row in rows:
-        s = np.asarray(report.spectrum(row["name"], row["kind"]))[: min(row["shape"])]
-        curves.append(np.interp(shares, np.linspace(0, 1, len(s)), s / s[0]))
-    middle = np.median(curves, axis=0)
-    return [[_short(x), _short(y)] for x, y in zip(shares, middle, strict=True)]
+def _curve(report: Report) -> list[list[float]]:
+    """[i, median over the modules of s_i / s_1], at some of the i, while most modules have one."""
+    curves = [c[~np.isnan(c)] for c in (curve(report, row) for row in drawable(report))]
+    longest = int(median(map(len, curves))) if curves else 0
+    if not longest:
+        return []
+    places = np.unique(np.geomspace(1, longest, POINTS).round().astype(int))
+    middle = [median(float(s[i - 1]) if i <= len(s) else 0.0 for s in curves) for i in places]
+    return [[int(i), _short(y)] for i, y in zip(places, middle, strict=True)]
 
 
 def _trace(folder: Path) -> dict[str, list[Any]] | None:
     """Medians over the modules, of the readings while it trained."""
-    path = folder / MONITOR
-    if not path.exists():
-        return None
-    readings = [json.loads(line) for line in path.read_text().splitlines()]
+    readings = read_log(folder / folders.MONITOR)
     readings = readings[:: max(-(-len(readings) // TRACE), 1)]
+    if not readings:
+        return None
     trace: dict[str, list[Any]] = {"step": [r["step"] for r in readings]}
     for name in WATCHED:
         trace[name] = [_short(r["bands"][name][1]) if name in r["bands"] else None

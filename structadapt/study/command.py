@@ -15,8 +15,8 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,11 @@ import torch
 
 from structadapt.examples.process import first_interrupt
 from structadapt.spectra.progress import duration
-from structadapt.study import grid, runner
+from structadapt.study import folders, grid, runner
 from structadapt.study.cell import Cell
+from structadapt.study.distributed import StoppedError
+from structadapt.study.folders import Status
 from structadapt.study.grid import Grid
-from structadapt.study.runs import StoppedError
-
-ENGINES = ("local", "submitit", "ray")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,31 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("grid", help=f"a .toml file, or one of {', '.join(grid.shipped())}")
     run.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the study")
     run.add_argument("--cell", metavar="K", help="only this one: a name, or a number from 0")
-    run.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes at a time (default: one a core, at most 8; with ray: its CPUs)",
-    )
+    run.add_argument("--workers", type=int, metavar="N", help=WORKERS)
     run.add_argument("--threads", type=int, default=1, metavar="N", help="of each (default: 1)")
     run.add_argument("--retry", action="store_true", help="cells that failed, too")
     run.add_argument("--no-save", action="store_true", help="keep no trained weights")
-    run.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check the grid, list its cells and their memory, run nothing",
-    )
-    run.add_argument(
-        "--engine",
-        choices=ENGINES,
-        default="local",
-        help="submitit: jobs of Slurm; ray: tasks of a Ray cluster (default: local)",
-    )
-    run.add_argument(
-        "--cluster",
-        metavar="NAME",
-        help="of submitit: slurm or local; of ray: its address (default: found)",
-    )
+    run.add_argument("--dry-run", action="store_true", help=DRY_RUN)
+    run.add_argument("--engine", choices=("local", *grid.ENGINES), default="local", help=ENGINE)
+    run.add_argument("--cluster", metavar="NAME", help=CLUSTER)
     run.add_argument("--json", action="store_true", help="print the status as JSON at the end")
     run.add_argument("--quiet", action="store_true", help="no progress")
     run.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -77,6 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument("out", type=Path, metavar="DIR", help="folder of the study")
     report.add_argument("--to", type=Path, metavar="DIR", help="where to (default: the same)")
     report.add_argument("--json", action="store_true", help="print its figures as JSON")
+
+
+WORKERS = "processes at a time (default: one a core, at most 8, or what the GPUs allow)"
+DRY_RUN = "check the grid, list its cells and their memory, run nothing"
+ENGINE = "submitit: jobs of Slurm; ray: tasks of a Ray cluster (default: local)"
+CLUSTER = (
+    "of submitit: slurm or local (default: what is there); of ray: an address, or auto (default: "
+    "a cluster of its own on this machine)"
+)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -99,16 +89,12 @@ def _run(args: argparse.Namespace) -> int:
         return dry_run.main(found, cells, args.json)
     if args.worker:
         return _work(cells, args)
-    runner.prepare(found, args.out)
+    folders.prepare(found, args.out)
     if args.retry:
-        runner.forget_failures(cells, args.out)
+        folders.forget_failures(cells, args.out)
     try:
         if args.engine != "local":
-            from structadapt.study import engines
-
-            job = engines.Job(found.text, args.out, args.threads, not args.no_save)
-            line = _line(args)
-            engines.run(args.engine, args.cluster, found, cells, args.out, job, args.workers, line)
+            _on_cluster(args, found, cells)
         elif args.cell is not None:
             _work(cells, args)
         else:
@@ -148,57 +134,67 @@ def _value(reward: float | None) -> str:
 
 def _locally(args: argparse.Namespace, cells: list[Cell]) -> None:
     """Workers of this machine, watched."""
-    left = [s for s in runner.status(cells, args.out) if s.state not in ("done", "failed")]
-    count = min(args.workers or min(os.cpu_count() or 1, 8), len(left))
-    if not count:
+    left = _left(args, cells)
+    if not left:
         return
-    _say(args, f"{len(left)} of {len(cells)} cells to run, {count} at a time, in {args.out}")
+    devices = runner.devices_for(left, args.workers)
+    _say(args, f"{len(left)} of {len(cells)} cells to run, {len(devices)} at a time, in {args.out}")
     command = [
-        "structadapt.cli", "study", "run", args.grid, "--out", str(args.out), "--worker",
-        "--threads", str(args.threads), *["--no-save"] * args.no_save,
+        "structadapt.cli", "study", "run", str(args.out / folders.GRID), "--out", str(args.out),
+        "--worker", "--threads", str(args.threads), *["--no-save"] * args.no_save,
     ]  # fmt: skip
-    runner.workers(command, cells, args.out, count, _line(args))
+    runner.workers(command, left, args.out, devices, Told(args, len(cells), len(left)))
 
 
-def _line(args: argparse.Namespace) -> Callable[[list[runner.Status]], None]:
-    """Tell of every cell once it has ended, with the time left by the steps that there are."""
-    from time import monotonic
+def _on_cluster(args: argparse.Namespace, found: Grid, cells: list[Cell]) -> None:
+    from structadapt.study import engines
 
-    began, seen, first = monotonic(), set(), []
+    left = _left(args, cells)
+    job = engines.Job(found.text, args.out, args.threads, not args.no_save)
+    told = Told(args, len(cells), len(left))
+    options = found.cluster.get(args.engine, {})
+    engines.run(args.engine, args.cluster, options, left, args.out, job, args.workers, told)
 
-    def tell(statuses: list[runner.Status]) -> None:
-        ended = {s.cell.id for s in statuses if s.state in ("done", "failed")}
-        if not first:
-            first.append(len(ended))
-            seen.update(ended)
+
+def _left(args: argparse.Namespace, cells: list[Cell]) -> list[Cell]:
+    return [s.cell for s in folders.status(cells, args.out) if s.state not in runner.ENDED]
+
+
+class Told:
+    """Tells of every cell once it has ended, with the time left."""
+
+    def __init__(self, args: argparse.Namespace, whole: int, left: int) -> None:
+        self.args, self.whole, self.before = args, whole, whole - left
+        self.began, self.seen = time.monotonic(), set[str]()
+
+    def __call__(self, statuses: list[Status]) -> None:
         for s in statuses:
-            if s.cell.id in ended - seen:
-                seen.add(s.cell.id)
-                count, here = len(seen), len(seen) - first[0]
-                left = (monotonic() - began) / here * (len(statuses) - count)
-                _say(args, f"{count}/{len(statuses)}  {s.cell.id}: {s.result}"
-                     + (f"  ({duration(left)} left)" if count < len(statuses) else ""))  # fmt: skip
-
-    return tell
+            if s.state in runner.ENDED and s.cell.id not in self.seen:
+                self.seen.add(s.cell.id)
+                count = self.before + len(self.seen)
+                pace = (time.monotonic() - self.began) / len(self.seen)
+                left = f"  ({duration(pace * (self.whole - count))} left)"
+                line = f"{count}/{self.whole}  {s.cell.id}: {s.result}"
+                _say(self.args, line + left * (count < self.whole))
 
 
 def _end(args: argparse.Namespace, found: Grid, cells: list[Cell]) -> int:
-    statuses = runner.status(cells, args.out)
+    statuses = folders.status(cells, args.out)
     if args.json:
         print(_json(statuses))
     else:
         print(_table(statuses, everything=False))
         print(f"\nstructadapt study report {args.out}")
-    return 0 if all(s.state in ("done", "running") for s in statuses) else 1
+    return 0 if all(s.state in (folders.DONE, folders.RUNNING) for s in statuses) else 1
 
 
 def _status(args: argparse.Namespace) -> int:
-    path = args.out / runner.GRID
+    path = args.out / folders.GRID
     if not path.is_file():
         raise FileNotFoundError(f"{args.out} holds no study")
-    statuses = runner.status(grid.read(path).cells, args.out)
+    statuses = folders.status(grid.read(path).cells, args.out)
     print(_json(statuses) if args.json else _table(statuses, args.all))
-    return 1 if any(s.state == "failed" for s in statuses) else 0
+    return 1 if any(s.state == folders.FAILED for s in statuses) else 0
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -212,17 +208,17 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(statuses: list[runner.Status], everything: bool) -> str:
+def _table(statuses: list[Status], everything: bool) -> str:
     """The counts, then the cells that are not done, or all."""
     counts = Counter(s.state for s in statuses)
     lines = [f"{len(statuses)} cells: " + ", ".join(f"{n} {name}" for name, n in counts.items())]
     for s in statuses:
-        if everything or s.state not in ("done", "waiting"):
+        if everything or s.state not in (folders.DONE, folders.WAITING):
             lines.append(f"{s.state:8} {s.cell.id:52} step {s.step}/{s.steps}  {s.result}")
     return "\n".join(lines)
 
 
-def _json(statuses: list[runner.Status]) -> str:
+def _json(statuses: list[Status]) -> str:
     return json.dumps([
         {"id": s.cell.id, "state": s.state, "step": s.step, "steps": s.steps, "result": s.result}
         for s in statuses

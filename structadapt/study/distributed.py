@@ -1,27 +1,33 @@
 """One cell on several processes of one machine: adapters replicated, a base that trains sharded.
 
-    torchrun --standalone --nproc-per-node=8 -m structadapt.study.distributed FOLDER
+    torchrun --standalone --nproc-per-node=8 -m structadapt.study.distributed FOLDER --launcher PID
 
 FOLDER is the cell's, with its cell.json. `structadapt study run` starts this for a cell with
-processes > 1.
+processes > 1, and these processes end when the one that started them does.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from structadapt.study import folders
 from structadapt.study.cell import Cell
+
+STOP = ".stop"  # in the cell's folder: the processes end after their step
+
+
+class StoppedError(Exception):
+    """The run was asked to stop, and goes on from its last state the next time."""
 
 
 def rank() -> int:
@@ -55,7 +61,8 @@ def shard(model: nn.Module) -> None:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter, whole and on the CPU; tied ones once. Collective where it is sharded."""
+    """Every parameter, whole and on the CPU of the first process; tied ones once. Collective where
+    it is sharded."""
     from torch.distributed.tensor import DTensor
 
     found = {}
@@ -67,49 +74,81 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def launch(cell: Cell, folder: Path, threads: int, save: bool) -> None:
-    """Run a cell in processes of its own, and wait. RuntimeError if they end without a result."""
+def launch(
+    cell: Cell, folder: Path, lock: IO[str], threads: int, save: bool, stop: Callable[[], bool]
+) -> None:
+    """Run a cell in processes of its own, and wait.
+
+    lock: of the folder, which they hold too. Raises StoppedError if `stop` says so, RuntimeError if
+    they end without a result.
+    """
+    folders.note(cell, folder)
+    (folder / STOP).unlink(missing_ok=True)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc-per-node={cell.processes}", "-m", "structadapt.study.distributed", str(folder),
-        "--threads", str(threads), *["--no-save"] * (not save),
+        "--threads", str(threads), "--launcher", str(os.getpid()), *["--no-save"] * (not save),
     ]  # fmt: skip
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    if done.returncode and not (folder / "error.json").exists():
-        raise RuntimeError(f"torchrun ended with {done.returncode}; its output says why")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, pass_fds=[lock.fileno()],
+                               process_group=0)  # fmt: skip
+    try:
+        while process.poll() is None:
+            if stop():
+                (folder / STOP).touch()
+            time.sleep(0.2)
+    except BaseException:
+        process.terminate()  # torchrun ends its processes
+        process.wait()
+        raise
+    if (folder / folders.SUMMARY).exists():
+        return
+    if (folder / STOP).exists() and not process.returncode:
+        (folder / STOP).unlink()
+        raise StoppedError(cell.id)
+    raise RuntimeError(f"torchrun ended with {process.returncode}; its output says why")
 
 
 @contextmanager
 def group(cell: Cell) -> Iterator[None]:
-    """The process group of a cell, where torchrun started this process."""
-    if "RANK" not in os.environ:
-        with nullcontext():
-            yield
-        return
-    cuda = cell.device == "cuda"
-    if cuda:
+    """The process group of a cell, in a process that torchrun started."""
+    if cell.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cell.device == "cuda" else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
+def is_alive(process: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def main() -> int:
-    from structadapt.study.runs import CELL, run  # which imports this module
+    from structadapt.study.runs import run  # which imports this module
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--launcher", type=int, default=os.getpid(), help="ends when this one does")
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    stored: dict[str, Any] = json.loads((args.folder / CELL).read_text())
-    names = {f.name for f in fields(Cell)}
-    cell = Cell(**{k: v for k, v in stored.items() if k in names})
+    cell = folders.cell_in(args.folder)
+
+    def stop() -> bool:
+        return (args.folder / STOP).exists() or not is_alive(args.launcher)
+
     with group(cell):
-        run(cell, args.folder, save=not args.no_save)
+        try:
+            run(cell, args.folder, stop=stop, save=not args.no_save)
+        except StoppedError:  # no failure, or torchrun would call it one
+            (args.folder / STOP).touch()
     return 0
 
 

@@ -19,8 +19,7 @@ from torch import nn
 
 import structadapt as sa
 from structadapt.examples import tiny_lm
-from structadapt.study import tasks
-from structadapt.study.cell import Cell
+from structadapt.study.cell import EMBEDDED, Cell
 from structadapt.study.grid import Grid
 
 GIB = 2**30
@@ -78,19 +77,20 @@ def main(grid: Grid, cells: Sequence[Cell], as_json: bool) -> int:
 def model_of(name: str) -> tuple[nn.Module, Shape]:
     """A model without values, from its config alone. ValueError where that cannot be had."""
     with torch.device("meta"):
-        if name in tasks.WIDTHS:
-            width = tasks.WIDTHS[name]
+        if name in EMBEDDED:
+            width = EMBEDDED[name]
             return tiny_lm.TinyLM(width), Shape(2, width, width, tiny_lm.VOCAB)
         config = _config(name)
         from transformers import AutoModelForCausalLM
 
         model: Any = AutoModelForCausalLM.from_config(config)
+    config = config.get_text_config()
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return model, Shape(
         config.num_hidden_layers,
         config.hidden_size,
-        size * (config.num_key_value_heads or heads),
+        size * (getattr(config, "num_key_value_heads", None) or heads),
         config.vocab_size,
     )
 

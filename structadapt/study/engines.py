@@ -5,19 +5,20 @@ and started again. All machines have to see the study's folder, and it has to su
 """
 
 import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from structadapt.study import grid, runner
+from structadapt.study import folders, grid, runner
 from structadapt.study.cell import Cell
-from structadapt.study.grid import Grid
+from structadapt.study.folders import Status
 
-Tell = Callable[[list[runner.Status]], None]
+Tell = Callable[[list[Status]], None]
 LOCAL_JOBS = 2  # of submitit's local executor at a time, unless --workers says otherwise
 
 
@@ -40,20 +41,19 @@ class Job:
 
 
 def run(
-    engine: str, cluster: str | None, found: Grid, cells: Sequence[Cell], out: Path, job: Job,
-    workers: int | None, tell: Tell,
+    engine: str, cluster: str | None, options: Mapping[str, Any], cells: Sequence[Cell], out: Path,
+    job: Job, workers: int | None, tell: Tell,
 ) -> None:  # fmt: skip
-    """Run the cells that are not done, and return when all have ended.
+    """Run the cells, and return when all have ended.
 
     engine: "submitit" or "ray". cluster: of submitit "slurm" or "local" (default: what is there);
-    of ray the address of a cluster (default: one on this machine). Ray's and Slurm's options stand
-    in the grid's [cluster]. Raises ImportError, with what to install, without the engine;
-    ValueError for options that it does not have.
+    of ray the address of a cluster, or "auto" (default: one of its own on this machine).
+    options: of submitit's update_parameters, or of a Ray task. Raises ImportError, with what to
+    install, without the engine; ValueError for options that it does not have.
     """
-    left = [s.cell for s in runner.status(cells, out) if s.state in (runner.WAITING, runner.HALTED)]
     start = {"submitit": _submitit, "ray": _ray}[engine]
-    start(cluster, dict(found.cluster), [cell.id for cell in left], job, workers, out,
-          lambda: tell(runner.status(cells, out)))  # fmt: skip
+    start(cluster, dict(options), [cell.id for cell in cells], job, workers, out,
+          lambda: tell(folders.status(cells, out)))  # fmt: skip
 
 
 def _submitit(
@@ -64,16 +64,16 @@ def _submitit(
         import submitit
     except ImportError:
         raise ImportError("--engine submitit needs: pip install 'structadapt[cluster]'") from None
-    executor = submitit.AutoExecutor(folder=out.resolve() / "jobs", cluster=cluster)
+    executor = submitit.AutoExecutor(folder=out.resolve() / folders.JOBS, cluster=cluster)
     local = executor.cluster != "slurm"
     if workers is not None and not local:
         options["slurm_array_parallelism"] = workers
     try:
         executor.update_parameters(**options)
     except (NameError, TypeError, ValueError) as error:
-        raise ValueError(f"[cluster]: {error}") from None
+        raise ValueError(f"[cluster.submitit]: {error}") from None
     waiting, jobs = list(names), []
-    limit = len(names) if not local else workers or LOCAL_JOBS
+    limit = workers or LOCAL_JOBS if local else len(names)
     try:
         while waiting or jobs:
             free = limit - len(jobs)
@@ -83,20 +83,14 @@ def _submitit(
             time.sleep(1.0)
             for done in [j for j in jobs if j.done()]:
                 jobs.remove(done)
-                _note_death(out, done)
+                if done.exception() is not None:
+                    _died(f"a job died, see {done.paths.stderr}")
             tell()
     except BaseException:
         for one in jobs:
             with suppress(Exception):
                 one.cancel()
         raise
-
-
-def _note_death(out: Path, job: Any) -> None:
-    """A job that ended without a result: its own log says why."""
-    if job.exception() is not None:
-        path = job.paths.stderr
-        print(f"a job died, and the same command goes on with its cell: {path}", flush=True)
 
 
 def _ray(
@@ -109,19 +103,21 @@ def _ray(
     except ImportError:
         raise ImportError("--engine ray needs: pip install 'structadapt[cluster]'") from None
     cpus = None if cluster else (workers or os.cpu_count() or 1) * job.threads
-    ray.init(address=cluster, num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+    ray.init(cluster or "local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     try:
         how = {"num_cpus": job.threads, "max_retries": 3, **options}
         try:
             task = ray.remote(_call).options(**how)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"[cluster]: {error}") from None
+            raise ValueError(f"[cluster.ray]: {error}") from None
         pending = [task.remote(job, name) for name in names]
         while pending:
             done, pending = ray.wait(pending, timeout=1.0)
             for one in done:
-                with suppress(RayError):  # its machine died: the cell goes on later
+                try:
                     ray.get(one)
+                except RayError as error:
+                    _died(f"a task died: {error}")
             tell()
     finally:
         ray.shutdown()
@@ -129,3 +125,7 @@ def _ray(
 
 def _call(job: Job, name: str) -> int:
     return job(name)
+
+
+def _died(words: str) -> None:
+    print(f"{words}; its cell goes on with the same command", file=sys.stderr, flush=True)

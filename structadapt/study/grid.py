@@ -17,7 +17,7 @@
     [grpo]                                  # further fields of grpo.Config
     loss = "dapo"
 
-    [cluster]                               # options of the engine, such as of a Slurm job
+    [cluster.submitit]                      # options of a Slurm job; [cluster.ray]: of a task
     timeout_min = 240
 
 The keys are the fields of `Cell`. A cell is one run in a folder of its own, named by what is in it:
@@ -34,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from structadapt.study.cell import Cell, config
+
+ENGINES = ("submitit", "ray")  # of a cluster
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,19 @@ def parse(text: str, name: str = "study") -> Grid:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"not TOML: {error}") from None
-    known = {"name": str, "run": dict, "cells": list, "grpo": dict, "cluster": dict}
+    known: dict[str, type] = {
+        "name": str,
+        "run": dict,
+        "cells": list,
+        "grpo": dict,
+        "cluster": dict,
+    }
     _only(content, known, "the file")
     for key, kind in known.items():
         if not isinstance(content.get(key, kind()), kind):
             raise ValueError(f"{key} must be a {kind.__name__} in TOML")
+    cluster = content.get("cluster", {})
+    _only(cluster, ENGINES, "[cluster]")
     tables = content.get("cells", [])
     if not tables:
         raise ValueError("no [[cells]]: there is nothing to run")
@@ -108,9 +118,9 @@ def parse(text: str, name: str = "study") -> Grid:
             for cell in _product({**shared, **table}, content.get("grpo", {})):
                 _config_check(cell)
                 found.setdefault(cell.id, cell)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{where}: {error}") from None
-    return Grid(content.get("name", name), tuple(found.values()), content.get("cluster", {}), text)
+    return Grid(content.get("name", name), tuple(found.values()), cluster, text)
 
 
 def _product(table: Mapping[str, Any], grpo: Mapping[str, Any]) -> Iterable[Cell]:

@@ -1,102 +1,32 @@
-"""Work through the cells of a grid: which are done, and workers that take the next one.
+"""Work through the cells of a grid.
 
 The folders are the queue. A worker takes the first cell that is neither done, nor failed, nor held
 by another process, runs it, and looks again; so any number of workers, also on several machines
 that share the folder, started together or one after another, do every cell once.
 """
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from structadapt.files import write_atomically
-from structadapt.study import distributed
+from structadapt.study import distributed, folders
 from structadapt.study.cell import Cell
-from structadapt.study.grid import Grid
-from structadapt.study.runs import (
-    CELL,
-    ERROR,
-    STEPS,
-    SUMMARY,
-    StoppedError,
-    claimed,
-    held,
-    note,
-    run,
-    write,
-)
+from structadapt.study.distributed import StoppedError
+from structadapt.study.folders import ERROR, SUMMARY, Status, folder_of
+from structadapt.study.runs import run
 
-GRID, CELLS = "grid.toml", "cells"
-TRIES = 3  # deaths of a process at the same step of a cell
-DONE, FAILED, RUNNING, HALTED, WAITING = "done", "failed", "running", "stopped", "waiting"
-
-
-@dataclass(frozen=True)
-class Status:
-    """Where a cell stands."""
-
-    cell: Cell
-    state: str  # done, failed, running, stopped (goes on from its last state), or waiting
-    step: int = 0  # steps taken, of those written
-    steps: int = 0
-    result: str = ""  # accuracy at the end, or the error
-
-
-def folder_of(out: Path, cell: Cell) -> Path:
-    """Where a cell's files are."""
-    return out / CELLS / cell.id
-
-
-def prepare(grid: Grid, out: Path) -> None:
-    """Make the folder of a study, or add this grid's cells to the one that is there.
-
-    FileExistsError for a folder that holds something else.
-    """
-    if out.exists() and not (out / GRID).is_file() and any(out.iterdir()):
-        raise FileExistsError(f"{out} exists and holds no study: choose another name")
-    (out / CELLS).mkdir(parents=True, exist_ok=True)
-    write_atomically(out / GRID, grid.text.encode())
-
-
-def status(cells: Iterable[Cell], out: Path) -> list[Status]:
-    """Where every cell stands, from its folder alone."""
-    return [_status(cell, folder_of(out, cell)) for cell in cells]
-
-
-def _status(cell: Cell, folder: Path) -> Status:
-    steps = -(-cell.prompts // cell.batch)
-    if (summary := _json(folder / SUMMARY)) is not None:
-        after = summary["after"]
-        said = f"{after['sampled']:.3f}" if after else str(summary["failure"])
-        said += ", collapsed" if summary["collapsed"] else ""
-        return Status(cell, DONE, summary["steps"], steps, said)
-    if (error := _json(folder / ERROR)) is not None:
-        return Status(cell, FAILED, _lines(folder / STEPS), steps, error["error"])
-    if not (folder / CELL).exists():
-        return Status(cell, WAITING, 0, steps)
-    with claimed(folder) as free:
-        return Status(cell, HALTED if free else RUNNING, _lines(folder / STEPS), steps)
-
-
-def forget_failures(cells: Iterable[Cell], out: Path) -> int:
-    """Let cells that failed be tried again, from their last state; how many."""
-    count = 0
-    for cell in cells:
-        path = folder_of(out, cell) / ERROR
-        count += path.exists()
-        path.unlink(missing_ok=True)
-    return count
+TRIES = 3  # deaths of a process in a row, without a new state of its cell
+ENDED = (folders.DONE, folders.FAILED)
 
 
 def work(
@@ -110,71 +40,100 @@ def work(
     """Run cells until none is left to take; how many failed here. Their errors are in their
     folders. Raises StoppedError if `stop` says so.
 
-    A cell whose process died is tried again; after `TRIES` deaths without a step in between it has
-    failed.
+    A cell whose process died is tried again, `TRIES` times unless it gets further in between.
     """
     failed = 0
     for cell in cells:
         folder = folder_of(out, cell)
-        if (folder / SUMMARY).exists() or (folder / ERROR).exists():
+        if _has_ended(folder):
             continue
-        with claimed(folder) as mine:
-            if not mine or (folder / SUMMARY).exists() or (folder / ERROR).exists():
+        with folders.claimed(folder) as lock:
+            if lock is None or _has_ended(folder):
                 continue
-            with held(folder) as deaths:
-                if deaths >= TRIES:
-                    told = f"its process died {deaths} times at one step; out of memory?"
-                    write(folder / ERROR, {"error": told, "traceback": ""})
-                    failed += 1
-                    continue
+            with folders.held(folder) as deaths:
                 try:
+                    if deaths >= TRIES:
+                        raise RuntimeError(f"its process died {deaths} times; out of memory?")
                     if cell.processes > 1:
-                        note(cell, folder)
-                        distributed.launch(cell, folder, torch.get_num_threads(), save)
+                        threads = torch.get_num_threads()
+                        distributed.launch(cell, folder, lock, threads, save, stop)
                     else:
                         run(cell, folder, stop=stop, tell=partial(tell, cell), save=save)
                 except StoppedError:
                     raise
-                except Exception:  # it stands in error.json; the others go on
+                except Exception as error:  # the others go on
+                    told = f"{type(error).__name__}: {error}"
+                    folders.fail(folder, told, traceback.format_exc())
                     failed += 1
         if stop():
             raise StoppedError("between two cells")
     return failed
 
 
+def _has_ended(folder: Path) -> bool:
+    return (folder / SUMMARY).exists() or (folder / ERROR).exists()
+
+
 # -- local workers ---------------------------------------------------------------------------------
 
 
 def workers(
-    command: Sequence[str], cells: Sequence[Cell], out: Path, count: int,
+    command: Sequence[str], cells: Sequence[Cell], out: Path, devices: Sequence[str | None],
     tell: Callable[[list[Status]], None], seconds: float = 2.0,
 ) -> None:  # fmt: skip
-    """Run `count` processes of one command until they end, telling the status now and then.
+    """Run a process of one command for each of `devices` until all end, telling the status now and
+    then.
 
-    A worker that is killed is replaced; its cell is tried again, a few times (see `work`).
-    KeyboardInterrupt is passed on: the workers end after their step.
+    devices: CUDA_VISIBLE_DEVICES of each; None: as it is. A worker that is killed is replaced, and
+    its cell tried again, a few times (see `work`). KeyboardInterrupt is passed on: the workers end
+    after their step.
     """
-    alive = [_start(command) for _ in range(count)]
+    alive = {_start(command, device): device for device in devices}
+    left, ended, fruitless = list(cells), [], 0
     try:
         while alive:
             time.sleep(seconds)
+            found = folders.status(left, out)
+            news = [s for s in found if s.state in ENDED]
+            ended += news
+            left = [s.cell for s in found if s.state not in ENDED]
+            fruitless = 0 if news else fruitless
             for worker in [w for w in alive if w.poll() is not None]:
-                alive.remove(worker)
-                if worker.returncode < 0:
-                    alive.append(_start(command))
-            tell(status(cells, out))
+                device = alive.pop(worker)
+                if worker.returncode < 0 and fruitless < TRIES * len(devices):
+                    fruitless += 1
+                    alive[_start(command, device)] = device
+            tell([*ended, *(s for s in found if s not in news)])
     except KeyboardInterrupt:
-        _end(alive, signal.SIGINT)
+        _end(list(alive), signal.SIGINT)
         raise
     except BaseException:
-        _end(alive, signal.SIGKILL)
+        _end(list(alive), signal.SIGKILL)
         raise
 
 
-def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+def devices_for(cells: Sequence[Cell], count: int | None) -> Sequence[str | None]:
+    """What each local worker sees of the GPUs: as many as a cell has processes, and no other
+    worker the same. ValueError for a cell that needs more than there are."""
+    processes = max(cell.processes for cell in cells)
+    if not any(cell.device == "cuda" for cell in cells):
+        cores = os.cpu_count() or 1
+        return [None] * min(count or max(min(cores // processes, 8), 1), len(cells))
+    gpus = torch.cuda.device_count()
+    if gpus < processes:
+        raise ValueError(f"a cell needs {processes} GPUs, and there are {gpus}")
+    most = gpus // processes
+    shares = [range(i * processes, (i + 1) * processes) for i in range(min(count or most, most))]
+    return [",".join(map(str, share)) for share in shares][: len(cells)]
+
+
+def _start(command: Sequence[str], device: str | None) -> subprocess.Popen[bytes]:
     group = 0 if os.name == "posix" else None  # of its own: Ctrl-C comes to us alone
-    program = [sys.executable, "-m", *command]
-    return subprocess.Popen(program, stdout=subprocess.DEVNULL, process_group=group)
+    seen = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], stdout=subprocess.DEVNULL, process_group=group,
+        env={**os.environ, **seen},
+    )  # fmt: skip
 
 
 def _end(alive: Sequence[subprocess.Popen[bytes]], number: int) -> None:
@@ -188,14 +147,3 @@ def _end(alive: Sequence[subprocess.Popen[bytes]], number: int) -> None:
 def orphaned(parent: int) -> bool:
     """Whether the process that started this one is gone."""
     return os.getppid() != parent
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0

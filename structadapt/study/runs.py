@@ -1,25 +1,12 @@
-"""One cell of a study: a run in a folder of its own, which goes on where it was stopped.
+"""One cell of a study: a run in a folder of its own, which goes on where it was stopped."""
 
-cell.json        what decides the result, and the names of the grid
-metrics.jsonl    one record a step
-monitor.jsonl    the spectra of the update while it trained
-spectra/         those of the update at the end (`spectra.Report.load`)
-adapter.safetensors    what was trained; model.safetensors of full fine-tuning
-states/          of a run that is not finished
-.lock, .held     of the process that works on it
-summary.json     written last: the cell is done
-error.json       in its place: what ended a run that failed
-"""
-
-import fcntl
-import json
 import math
 import platform
 import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -29,21 +16,17 @@ import safetensors.torch
 import torch
 
 import structadapt as sa
-from structadapt.examples.process import peak_memory_mib
-from structadapt.files import write_atomically
-from structadapt.study import distributed, sft, tasks
+from structadapt.examples.process import StepLog, peak_memory_mib
+from structadapt.files import locked, write_atomically
+from structadapt.study import distributed, folders, sft, tasks
 from structadapt.study.cell import Cell, config
+from structadapt.study.distributed import StoppedError
 
-CELL, STEPS, MONITOR = "cell.json", "metrics.jsonl", "monitor.jsonl"
-SUMMARY, ERROR, STATES, SPECTRA = "summary.json", "error.json", "states", "spectra"
-LOCK, HELD = ".lock", ".held"
 FALL = 10.0  # accuracy at the start over that at the end, from which a run has collapsed
 
 Records = list[dict[str, Any]]
-
-
-class StoppedError(Exception):
-    """The run was asked to stop, and goes on from its last state the next time."""
+Stop = Callable[[], bool]
+Tell = Callable[[dict[str, Any], int], None]
 
 
 def nothing(record: dict[str, Any], total: int) -> None:
@@ -51,12 +34,7 @@ def nothing(record: dict[str, Any], total: int) -> None:
 
 
 def run(
-    cell: Cell,
-    folder: Path,
-    *,
-    stop: Callable[[], bool] = lambda: False,
-    tell: Callable[[dict[str, Any], int], None] = nothing,
-    save: bool = True,
+    cell: Cell, folder: Path, *, stop: Stop = lambda: False, tell: Tell = nothing, save: bool = True
 ) -> dict[str, Any]:
     """Run a cell to its end and return what summary.json holds; of one that is done, that.
 
@@ -68,117 +46,80 @@ def run(
     """
     first = distributed.rank() == 0
     if first:
-        note(cell, folder)
-    if (folder / SUMMARY).exists():
-        return json.loads((folder / SUMMARY).read_text())
+        folders.note(cell, folder)
+    if (done := folders.read(folder / folders.SUMMARY)) is not None:
+        return done
     try:
         summary = _run(cell, folder, stop, tell, save)
     except (StoppedError, KeyboardInterrupt):
         raise
     except Exception as error:
-        told = f"{type(error).__name__}: {error}"
-        write(folder / ERROR, {"error": told, "traceback": traceback.format_exc()})
+        folders.fail(folder, f"{type(error).__name__}: {error}", traceback.format_exc())
         raise
     if first:
-        write(folder / SUMMARY, summary)
-        (folder / ERROR).unlink(missing_ok=True)
-        shutil.rmtree(folder / STATES, ignore_errors=True)
+        folders.write(folder / folders.SUMMARY, summary)
+        (folder / folders.ERROR).unlink(missing_ok=True)
+        shutil.rmtree(folder / folders.STATES, ignore_errors=True)
     return summary
-
-
-def note(cell: Cell, folder: Path) -> None:
-    """Make the folder of a cell and write down what it is. ValueError for one that holds another
-    cell."""
-    folder.mkdir(parents=True, exist_ok=True)
-    here = json.loads(strict(cell.describe()))
-    if (folder / CELL).exists():
-        stored = json.loads((folder / CELL).read_text())["parts"]
-        for name in here:
-            if stored.get(name) != here[name]:
-                raise ValueError(
-                    f"{folder} holds another cell: its {name} is {stored.get(name)!r}, here "
-                    f"{here[name]!r}"
-                )
-    write(folder / CELL, {"id": cell.id, **asdict(cell), "rate": cell.rate, "scale": cell.scale,
-                          "parts": here})  # fmt: skip
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """A file of strict JSON."""
-    write_atomically(path, f"{strict(content, indent=1)}\n".encode())
-
-
-def strict(content: Any, indent: int | None = None) -> str:
-    """JSON in which what is not finite is null."""
-    return json.dumps(json.loads(json.dumps(content), parse_constant=lambda _: None), indent=indent)
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
-    """Whether this process holds the cell's folder now; while it does, no other one can. The
-    process's death lets go of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+") as file:
-        for attempt in range(5):  # somebody may only be looking
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.02 * attempt)
-        else:
-            yield False
-            return
-        yield True
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[int]:
-    """Note in a claimed folder that its run goes on, until it ends by itself: how many processes
-    have died meanwhile without a step in between."""
-    note, log = folder / HELD, folder / STEPS
-    lines = log.read_bytes().count(b"\n") if log.exists() else 0
-    before = json.loads(note.read_text()) if note.exists() else {"deaths": -1, "lines": -1}
-    deaths = before["deaths"] + 1 if before["lines"] in (lines, -1) else 0
-    write(note, {"deaths": deaths, "lines": lines})
-    try:
-        yield deaths
-    finally:
-        note.unlink(missing_ok=True)
 
 
 # -- the run ---------------------------------------------------------------------------------------
 
 
-def _run(cell: Cell, folder: Path, stop: Any, tell: Any, save: bool) -> dict[str, Any]:
-    began = time.perf_counter()
+def _run(cell: Cell, folder: Path, stop: Stop, tell: Tell, save: bool) -> dict[str, Any]:
+    began, first = time.perf_counter(), distributed.rank() == 0
     task = tasks.task_of(cell)
-    base = tasks.load(cell, folder.parents[1] / "bases")
+    bases = folder.parents[1] / folders.BASES
+    base = tasks.load(cell, bases)
     model, adapter = base.model, cell.build_adapter()
     frozen = None if adapter else distributed.whole_state(model)
-    before = _before(cell, base, task, folder)
+    before = _before(cell, base, task, bases)
+    trained = _prepare(model, cell)
+    monitor = None
+    if cell.monitor:
+        monitor = sa.spectra.Monitor(model, cell.monitor, snapshots=adapter is None)
+    found = _steps(cell, folder, base, task, trained, monitor)
+    try:
+        records, failure = _follow(found, cell, folder, len(task.prompts), stop, tell)
+    finally:
+        if monitor is not None:
+            monitor.to_jsonl(folder / folders.MONITOR)
+    after = None if failure else tasks.accuracy(base, task, cell, _merged(model, cell))
+    whole = None if adapter else distributed.whole_state(model)
+    if first and not failure:
+        sa.spectra.analyze(whole or model, frozen).save(folder / folders.SPECTRA)
+    if first and save:
+        _save(model, whole, folder)
+    return {
+        **_fate(before, after, records, failure),
+        "id": cell.id,
+        "parameters": sum(p.numel() for p in trained),
+        "cold_start": base.cold_start,
+        "monitor": _states(monitor),
+        "seconds": time.perf_counter() - began,  # of the process that ended it
+        "peak_memory_mib": peak_memory_mib(),
+        "versions": {n: version(n) for n in ("structadapt", "torch")},
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _prepare(model: Any, cell: Cell) -> list[torch.nn.Parameter]:
+    """Put the adapter on, or shard what trains as a whole; what the optimizer trains."""
+    adapter = cell.build_adapter()
     if adapter is not None:
         sa.adapt(model, adapter, cell.target, seed=cell.seed)
     elif cell.processes > 1:
         distributed.shard(model)
     if cell.checkpointing:
-        _checkpoint(model)
-    trained = list(sa.adapter_parameters(model) if adapter else model.parameters())
-    monitor = None
-    if cell.monitor:
-        monitor = sa.spectra.Monitor(model, cell.monitor, snapshots=adapter is None)
-    records, failure = _train(cell, folder, base, task, trained, monitor, stop, tell)
-    after = None if failure else tasks.accuracy(base, task, cell, _merged(model, cell))
-    whole = distributed.whole_state(model) if adapter is None else None
-    if distributed.rank() == 0:
-        if not failure:
-            sa.spectra.analyze(whole or model, frozen).save(folder / SPECTRA)
-        if save:
-            _save(model, whole, folder)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return list(model.parameters() if adapter is None else sa.adapter_parameters(model))
+
+
+def _fate(before: Any, after: Any, records: Records, failure: str | None) -> dict[str, Any]:
+    """What came of a run."""
     absorbed = next((r["step"] for r in records if _is_absorbed(r)), None)
     return {
-        "id": cell.id,
-        "parameters": sum(p.numel() for p in trained),
-        "cold_start": base.cold_start,
         "before": before,
         "after": after,
         "collapsed": _collapsed(before, after, absorbed),
@@ -186,13 +127,7 @@ def _run(cell: Cell, folder: Path, stop: Any, tell: Any, save: bool) -> dict[str
         "failure": failure,
         "steps": len(records),
         "first_kl": records[0].get("kl") if records else None,
-        "monitor": _states(monitor),
-        "seconds": time.perf_counter() - began,
-        "peak_memory_mib": peak_memory_mib(),
-        "versions": {n: version(n) for n in ("structadapt", "torch")},
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    }
 
 
 def _collapsed(before: Any, after: Any, absorbed: int | None) -> bool:
@@ -202,72 +137,69 @@ def _collapsed(before: Any, after: Any, absorbed: int | None) -> bool:
     return absorbed is not None and after["sampled"] < before["sampled"]
 
 
-def _before(cell: Cell, base: tasks.Base, task: tasks.Task, folder: Path) -> dict[str, Any]:
+def _before(cell: Cell, base: tasks.Base, task: tasks.Task, bases: Path) -> dict[str, Any]:
     """The accuracy of the base model, worked out once for all cells that share it."""
     names = ("model", "task", "data", "min_difficulty", "cold_start", "problems", "samples", "seed",
              "dtype", "new_tokens", "grpo")  # fmt: skip
     key = {name: getattr(cell, name) for name in names}
-    path = folder.parents[1] / "bases" / f"before-{tasks.digest(key)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if cell.processes > 1:  # they make every forward together
-        return tasks.accuracy(base, task, cell, nullcontext)
-    with tasks.locked(path.with_name(f".{path.name}.lock")):
+    path = bases / f"before-{tasks.digest(key)}.json"
+    bases.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock")):
         if not path.exists():
             found = tasks.accuracy(base, task, cell, nullcontext)
-            write(path, {"of": key, "accuracy": found})
-    return json.loads(path.read_text())["accuracy"]
+            folders.write(path, {"of": key, "accuracy": found})
+    return folders.read(path)["accuracy"]
 
 
-def _train(
-    cell: Cell, folder: Path, base: tasks.Base, task: tasks.Task, trained: Any, monitor: Any,
-    stop: Callable[[], bool], tell: Callable[[dict[str, Any], int], None],
-) -> tuple[Records, str | None]:  # fmt: skip
-    """Every step's record, and what ended the run before its time if it diverged."""
+def _steps(
+    cell: Cell, folder: Path, base: tasks.Base, task: tasks.Task, trained: Any, monitor: Any
+) -> Iterator[dict[str, Any]]:
+    """The run, a record a step."""
     how = config(cell, base.eos, base.pad, task.new_tokens)
-    total = math.ceil(len(task.prompts) / cell.batch)
     optimizer = torch.optim.AdamW(trained, lr=cell.rate, weight_decay=cell.weight_decay)
-    updates = total * (cell.minibatches if cell.method == "grpo" else 1) * how.epochs
+    updates = math.ceil(len(task.prompts) / cell.batch)
+    updates *= cell.minibatches * how.epochs if cell.method == "grpo" else 1
     end = 1.0 if cell.schedule == "constant" else 0.0
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, updates)
+    states = folder / folders.STATES
     if cell.method == "sft":
-        pairs = sft.pairs_of(task, base)
-        found = sft.train(
-            base.model, optimizer, schedule, pairs, cell.batch,
-            lambda: tasks.sampled(base, task, cell, 200), monitor,
+        return sft.train(
+            base, optimizer, schedule, sft.pairs_of(task, base), cell, how.max_grad_norm,
+            lambda: tasks.sampled(base, task, cell, 200), monitor, states,
         )  # fmt: skip
-    else:
-        states = sa.grpo.Checkpoints(folder / STATES, every=cell.checkpoint_every)
-        states.reopen()  # summary.json says what is finished
-        found = map(asdict, sa.grpo.train(
-            base.model, optimizer, task.prompts, task.reward, how, tokenizer=base.tokenizer,
-            rollout_context=_merged(base.model, cell), scheduler=schedule,
-            observers=[monitor] if monitor else [], checkpoints=states,
-            guard=sa.grpo.Guard(patience=cell.stop_absorbed or 8),
-        ))  # fmt: skip
-    records: Records = []
-    path, first = folder / STEPS, distributed.rank() == 0
-    earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    checkpoints = sa.grpo.Checkpoints(states, every=cell.checkpoint_every)
+    checkpoints.reopen()  # summary.json says what is finished
+    reference = None
+    if how.kl_coef:
+        reference = lambda: sa.disabled(base.model)  # noqa: E731
+    return map(asdict, sa.grpo.train(
+        base.model, optimizer, task.prompts, task.reward, how, tokenizer=base.tokenizer,
+        rollout_context=_merged(base.model, cell), reference=reference, scheduler=schedule,
+        observers=[monitor] if monitor else [], checkpoints=checkpoints,
+        guard=sa.grpo.Guard(patience=cell.stop_absorbed or 8),
+    ))  # fmt: skip
+
+
+def _follow(
+    found: Iterator[dict[str, Any]], cell: Cell, folder: Path, prompts: int, stop: Stop, tell: Tell
+) -> tuple[Records, str | None]:
+    """Every step's record, written as it comes, and what ended the run before its time if it
+    diverged. Raises StoppedError."""
+    log, total = StepLog(folder / folders.STEPS), math.ceil(prompts / cell.batch)
+    first = distributed.rank() == 0
     try:
         for record in found:
-            if not records:  # of a run that goes on, its last saved step comes first
-                records = [r for r in earlier if r["step"] < record["step"]]
-                if first:
-                    write_atomically(path, "".join(f"{strict(r)}\n" for r in records).encode())
-            records.append(record)
             if first:
-                with open(path, "a") as file:
-                    file.write(f"{strict(record)}\n")
+                log.add(record)
             tell(record, total)
             if _is_absorbed(record) and cell.stop_absorbed:
                 break
-            if len(records) < total and distributed.agreed(stop()):
-                raise StoppedError(f"{cell.id} after step {record['step'] + 1} of {total}")
+            done = record["step"] + 1
+            if done < total and distributed.agreed(stop()):
+                raise StoppedError(f"{cell.id} after step {done} of {total}")
     except FloatingPointError as error:  # not finite: a gradient, or the logits
-        return records, str(error)
-    finally:
-        if monitor is not None:
-            monitor.to_jsonl(folder / MONITOR)
-    return records, None
+        return log.records, str(error)
+    return log.records, None
 
 
 def _is_absorbed(record: dict[str, Any]) -> bool:
@@ -279,12 +211,6 @@ def _merged(model: torch.nn.Module, cell: Cell) -> Callable[[], AbstractContextM
     if cell.adapter == "full" or cell.dtype != "float32":
         return nullcontext
     return lambda: sa.merged_if_exact(model)
-
-
-def _checkpoint(model: Any) -> None:
-    if not hasattr(model, "gradient_checkpointing_enable"):
-        raise ValueError("checkpointing = true needs a model of transformers")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _save(model: torch.nn.Module, whole: dict[str, torch.Tensor] | None, folder: Path) -> None:

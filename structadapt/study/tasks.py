@@ -1,7 +1,5 @@
 """What the cells of a study train: a base model that is loaded or cold-started, and its task."""
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import random
@@ -17,12 +15,12 @@ from torch import nn
 
 import structadapt as sa
 from structadapt.examples import smollm, tiny_lm
-from structadapt.files import write_atomically
+from structadapt.files import locked, write_atomically
 from structadapt.study import distributed
-from structadapt.study.cell import Cell, config
+from structadapt.study.cell import EMBEDDED, Cell, config
 
 Record = dict[str, Any]
-WIDTHS = {"tiny": 128, "tiny-256": 256}  # of the embedded models
+GYM_POOL = 4  # problems of reasoning-gym for each prompt of a run: seeds take different ones
 DIGITS = 7  # of a sorting problem
 
 
@@ -74,39 +72,50 @@ TINY = {  # name: (problems, tokens of an answer with "$")
 
 
 def task_of(cell: Cell) -> Task:
-    """The task of a cell. ValueError for one that its model cannot be given, or for data that
-    cannot be read."""
-    if (cell.task in TINY) != (cell.model in WIDTHS):
-        raise ValueError(
-            f"task {cell.task!r} is not for model {cell.model!r}: {', '.join(TINY)} are for "
-            f"{', '.join(WIDTHS)}; sums and deepmath are for models of transformers"
-        )
-    if cell.task in TINY:
-        problems, tokens = TINY[cell.task]
-        learn = problems(random.Random(f"grpo {cell.seed}"), held_out=False)
-        held_out = problems(random.Random("held out, end"), held_out=True)
-        return Task(
-            list(islice(learn, cell.prompts)), list(islice(held_out, cell.problems)),
-            sa.grpo.exact_match, tokens, target=lambda record: record["answer"],
-        )  # fmt: skip
-    if cell.task == "sums":
-        learn, held_out = smollm.problems()
-        prompts = random.Random(cell.seed).choices(learn, k=cell.prompts)
-        return Task(
-            prompts, held_out[: cell.problems], smollm.first_number, smollm.NEW_TOKENS,
-            target=lambda record: f" {record['answer']}",
-        )  # fmt: skip
-    if cell.task == "deepmath":
-        if cell.data is None:
-            raise ValueError("task deepmath needs data: a file, a folder, or zwhe99/DeepMath-103K")
-        records = sa.grpo.load_deepmath(cell.data, cell.min_difficulty)
-        random.Random("deepmath").shuffle(records)  # the held-out ones are those of every seed
-        held_out, learn = records[: cell.problems], records[cell.problems :]
-        random.Random(cell.seed).shuffle(learn)
-        if len(learn) < cell.prompts:
-            raise ValueError(f"prompts is {cell.prompts}, and {cell.data} has {len(learn)}")
-        return Task(learn[: cell.prompts], held_out, sa.grpo.math_verify_reward(), 4096)
-    raise ValueError(f"unknown task {cell.task!r}: addition, sorting, sums or deepmath")
+    """The task of a cell. ValueError for data that cannot be read or is too small."""
+    return {"sums": _sums, "deepmath": _deepmath, "gym": _gym}.get(cell.task, _embedded)(cell)
+
+
+def _embedded(cell: Cell) -> Task:
+    problems, tokens = TINY[cell.task]
+    learn = problems(random.Random(f"grpo {cell.seed}"), held_out=False)
+    held_out = problems(random.Random("held out, end"), held_out=True)
+    return Task(
+        list(islice(learn, cell.prompts)), list(islice(held_out, cell.problems)),
+        sa.grpo.exact_match, tokens, target=lambda record: record["answer"],
+    )  # fmt: skip
+
+
+def _sums(cell: Cell) -> Task:
+    learn, held_out = smollm.problems()
+    prompts = random.Random(cell.seed).choices(learn, k=cell.prompts)
+    return Task(
+        prompts, held_out[: cell.problems], smollm.first_number, smollm.NEW_TOKENS,
+        target=lambda record: f" {record['answer']}",
+    )  # fmt: skip
+
+
+def _deepmath(cell: Cell) -> Task:
+    assert cell.data is not None
+    records = sa.grpo.load_deepmath(cell.data, cell.min_difficulty)
+    return _split(records, cell, sa.grpo.math_verify_reward(), 4096)
+
+
+def _gym(cell: Cell) -> Task:
+    assert cell.data is not None
+    size = cell.problems + GYM_POOL * cell.prompts
+    records, reward = sa.grpo.reasoning_gym(cell.data, size, seed=0)
+    return _split(records, cell, reward, 256)
+
+
+def _split(records: list[Record], cell: Cell, reward: Any, new_tokens: int) -> Task:
+    """Records held out, the same for every seed, and some of the others."""
+    random.Random("held out").shuffle(records)
+    held_out, learn = records[: cell.problems], records[cell.problems :]
+    if len(learn) < cell.prompts:
+        raise ValueError(f"prompts is {cell.prompts}, and {cell.data} has {len(learn)} to train on")
+    prompts = random.Random(cell.seed).sample(learn, cell.prompts)
+    return Task(prompts, held_out, reward, new_tokens)
 
 
 # -- base models -----------------------------------------------------------------------------------
@@ -115,7 +124,7 @@ def task_of(cell: Cell) -> Task:
 def load(cell: Cell, bases: Path) -> Base:
     """The base model of a cell. An embedded one is cold-started once for all cells that share it,
     and kept in `bases`."""
-    if cell.model not in WIDTHS:
+    if cell.model not in EMBEDDED:
         name = None if cell.model == "smollm2" else cell.model
         device = distributed.device_of(cell)
         model, tokenizer = smollm.load(name, device, getattr(torch, cell.dtype))
@@ -123,7 +132,7 @@ def load(cell: Cell, bases: Path) -> Base:
         return Base(model, tokenizer, eos, pad)
     name = f"{cell.model}-{cell.task}-{cell.cold_start:g}-seed{cell.seed}"
     torch.manual_seed(cell.seed)
-    model = tiny_lm.TinyLM(WIDTHS[cell.model])
+    model = tiny_lm.TinyLM(EMBEDDED[cell.model])
     bases.mkdir(parents=True, exist_ok=True)
     weights, log = bases / f"{name}.safetensors", bases / f"{name}.json"
     with locked(bases / f".{name}.lock"):
@@ -141,7 +150,7 @@ def _cold_start(model: tiny_lm.TinyLM, cell: Cell) -> dict[str, Any]:
     """Supervised steps until the model solves some problems. ValueError if it never does."""
     problems, tokens = TINY[cell.task]
     held_out = list(islice(problems(random.Random("held out, curve"), held_out=True), 300))
-    how = config(cell, tiny_lm.EOS, tiny_lm.EOS, tokens)
+    how = sa.grpo.Config(eos_token_id=tiny_lm.EOS, pad_token_id=tiny_lm.EOS, max_new_tokens=tokens)
 
     def accuracy() -> float:
         return sa.grpo.evaluate(
@@ -161,14 +170,6 @@ def _cold_start(model: tiny_lm.TinyLM, cell: Cell) -> dict[str, Any]:
             f"steps, short of {cell.cold_start}: lower cold_start"
         )
     return {"steps": steps, "accuracy": reached}
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait for a file that one process holds at a time; its death lets go of it."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # -- how well it does ------------------------------------------------------------------------------
