@@ -1,7 +1,9 @@
-"""Write a file or a folder whole or not at all, and let one process at a time do so."""
+"""Write a file or a folder whole or not at all, seal it, and let one process at a time do so."""
 
 import errno
+import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -10,6 +12,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from safetensors import SafetensorError
+
+UNSEALED = "0" * 64  # where the seal goes
+
+
+def sealed(data: bytes) -> bytes:
+    """`data` with its sha256, as text, in the place of the first `UNSEALED` in it."""
+    return data.replace(UNSEALED.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def has_seal(data: bytes, seal: object) -> bool:
+    """Whether `data` is what `sealed` made, with this seal: no byte of it is another one."""
+    if not isinstance(seal, str) or not re.fullmatch("[0-9a-f]{64}", seal):
+        return False
+    at = data.find(seal.encode())
+    digest = hashlib.sha256(data[: max(at, 0)])
+    digest.update(UNSEALED.encode())
+    digest.update(memoryview(data)[at + len(UNSEALED) :])  # of all the tensors: no copy
+    return at >= 0 and digest.hexdigest() == seal
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -43,7 +65,8 @@ def whole_folder(
     the exchange, or the new folder. A folder at `path` may be replaced if it is empty or every
     name in it is `replaceable`. When the body raises, nothing is left behind.
 
-    Raises FileExistsError for anything else at `path`, FileNotFoundError if its parent is missing.
+    Raises FileExistsError for anything else at `path`, FileNotFoundError if its parent is missing,
+    and OSError also for what safetensors cannot write.
     """
     target = Path(os.path.realpath(path))
     refuse_foreign(target, replaceable)
@@ -55,8 +78,12 @@ def whole_folder(
             sync(entry)
         refuse_foreign(target, replaceable)
         take_place(new, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
+        number = re.search(r"os error (\d+)", str(error))
+        if isinstance(error, SafetensorError) and number:  # a full disk, as safetensors says it
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(target)) from None
         raise
     sync(target.parent)
 

@@ -65,7 +65,9 @@ def near(name: str, names: Iterable[str]) -> str:
     by_suffix: dict[str, str] = {}
     for full in names:
         by_suffix.setdefault(full.rsplit(".", 1)[-1], full)
-    close = difflib.get_close_matches(name, [*by_suffix, *by_suffix.values()], n=3, cutoff=0.5)
+    close = difflib.get_close_matches(
+        name[:200], [*by_suffix, *by_suffix.values()], n=3, cutoff=0.5
+    )
     shown = list(dict.fromkeys(by_suffix.get(n, n) for n in close)) or list(by_suffix.values())[:6]
     return f" (near: {', '.join(shown)})" if shown else ""
 

@@ -17,6 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 import structadapt as sa
 from structadapt.checkpoint import AdapterFileError, read_adapters
+from structadapt.files import UNSEALED, sealed
 
 
 def parts(path):
@@ -26,7 +27,9 @@ def parts(path):
 
 
 def write(path, metadata, tensors):
-    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    """Sealed, as whoever writes such a file would."""
+    text = re.sub('"sha256": "[0-9a-f]*"', f'"sha256": "{UNSEALED}"', metadata["structadapt"])
+    path.write_bytes(sealed(safetensors.torch.save(tensors, {"structadapt": text})))
 
 
 def edited(path, change):
@@ -104,6 +107,49 @@ def test_every_truncation_is_refused(saved):
     refuse(base, path, "is truncated or no safetensors file")
 
 
+def test_a_file_of_the_format_without_a_seal_is_read(saved, ids):
+    base, path = saved
+    expected = sa.load(copy.deepcopy(base), path)(ids)
+    edited(path, lambda header: (header.update(format=1), header.pop("sha256")))
+    assert torch.equal(sa.load(base, path)(ids), expected)
+
+
+def test_a_file_of_which_a_bit_is_another_one_is_refused(saved):
+    base, path = saved
+    data = path.read_bytes()
+    for place in range(0, len(data), len(data) // 97):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        refuse(base, path, "adapter.safetensors")
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    refuse(base, path, "was altered since it was saved: its content does not give its sha256")
+
+
+def test_what_costs_more_than_it_is_worth_is_refused(saved, tmp_path):
+    base, path = saved
+    data = path.read_bytes()
+    for header, words in [
+        (b'{"a":[' + b"[]," * 2**19 + b"0]}", "more than .* 524288 values"),
+        (b'{"a":' * 10**5, "nested too deeply"),
+        (b'{"a":1,"a":2}', "'a' is there twice"),
+        (b'{"%b":{}}' % (b"a" * 1001), "header is damaged"),
+        (b'{"\\u001b":{"data_offsets":[0,0]}}', "its name holds control characters"),
+    ]:
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        refuse(base, path, words)
+    os.truncate(path, 2**40)  # holes
+    refuse(base, path, "is truncated or no safetensors file")
+    path.write_bytes(data)
+    edited(path, lambda h: h["layers"]["blocks.0.attn"].update(adapter="A" * 10**6))
+    with pytest.raises(AdapterFileError, match="unknown adapter") as error:
+        sa.load(base, path)
+    assert len(str(error.value)) < 3000
+    edited(path, lambda h: h["layers"].update({"a\n": h["layers"].pop("blocks.0.attn")}))
+    refuse(base, path, "control characters|unknown adapter")
+    path.unlink()
+    os.mkfifo(path)
+    refuse(base, path, "is no regular file")
+
+
 def test_a_foreign_safetensors_file_is_refused(saved):
     base, path = saved
     safetensors.torch.save_file({"weight": torch.ones(2, 2)}, path)
@@ -113,7 +159,8 @@ def test_a_foreign_safetensors_file_is_refused(saved):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda h: h.update(format=2), "has format 2, this version reads 1: update"),
+        (lambda h: h.update(format=3), "has format 3, this version reads 2: update"),
+        (lambda h: h.update(format=1), "has format 1, this version reads 2: update"),
         (lambda h: h.pop("layers"), "description is damaged: KeyError"),
         (lambda h: h.update(layers=[1]), "description is damaged"),
         (lambda h: h.update(layers={}), "holds no layer"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_grpo_resume import noisy_reward
+from stopped_runs import noisy_reward
 from test_grpo_train import EOS, PROMPTS, Plain, assert_same_bits, count_fives, state
 
 import structadapt as sa

@@ -1,80 +1,20 @@
 """A run that is stopped anywhere goes on as if it had not been, bit for bit."""
 
-import copy
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
-import numpy as np
 import pytest
+import stopped_runs
 import torch
-from test_grpo_train import EOS, PROMPTS, Plain, assert_same_bits, state
+from stopped_runs import CONFIG, Run, without_times
+from test_grpo_train import PROMPTS, assert_same_bits, state
 
 import structadapt as sa
 from structadapt.grpo import resume
 
 KILLS = int(os.environ.get("STRUCTADAPT_KILLS", "2"))
-CONFIG = sa.grpo.Config(
-    eos_token_id=EOS, max_new_tokens=6, group_size=4, prompts_per_step=2, minibatches=2, epochs=2,
-    kl_coef=0.01, nonfinite="skip",
-)  # fmt: skip
-TIMES = ("tokens_per_second", "rollout_seconds", "update_seconds")
-
-
-def noisy_reward(prompt, completion):
-    """Depends on every generator that a reward may use."""
-    return completion.count(5) / 6 + 0.1 * random.random() + 0.1 * float(np.random.rand())
-
-
-class Run:
-    """A model with dropout, an adapter, AdamW, a schedule: all that has a state."""
-
-    def __init__(self, adapter=None, folder=None, every=1, config=CONFIG, prompts=PROMPTS * 4):
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)
-        self.model = Plain()
-        self.model.drop.p = 0.2
-        if adapter is not None:
-            sa.adapt(self.model, adapter, target=["up", "head"])
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.1)
-        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.1, 40)
-        self.checkpoints = folder and sa.grpo.Checkpoints(folder, every=every, keep=2)
-        reference = copy.deepcopy(self.model).requires_grad_(False)
-        self.steps = sa.grpo.train(
-            self.model, self.optimizer, prompts, noisy_reward, config, scheduler=self.schedule,
-            reference=lambda: swapped(self.model, reference), checkpoints=self.checkpoints,
-        )  # fmt: skip
-
-    def records(self, count=None):
-        return [asdict(step) for _, step in zip(range(count or 99), self.steps, strict=False)]
-
-
-class swapped:  # noqa: N801
-    """The trained weights are those of another model meanwhile."""
-
-    def __init__(self, model, other):
-        self.pairs = list(zip(model.parameters(), other.parameters(), strict=True))
-
-    def __enter__(self):
-        self.kept = [p.detach().clone() for p, _ in self.pairs]
-        for p, q in self.pairs:
-            p.data.copy_(q)
-
-    def __exit__(self, *_):
-        for (p, _), kept in zip(self.pairs, self.kept, strict=True):
-            p.data.copy_(kept)
-
-
-def without_times(records):
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
 
 
 @pytest.mark.parametrize(
@@ -214,50 +154,21 @@ def test_nested_values_come_back():
         resume.flatten([object()])
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from test_grpo_resume import Run, sa, state
-out = Path(sys.argv[1])
-run = Run(sa.DoRA(rank=2), out / "states", every=2)
-for record in run.records():
-    print(record["step"], flush=True)
-torch.save(state(run.model), out / "final.pt")
-"""
-
-
 @pytest.mark.slow
 def test_kill_minus_nine_at_any_moment(tmp_path):
     """STRUCTADAPT_KILLS=50 for the whole campaign."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-
-    def start(out):
-        out.mkdir(exist_ok=True)
-        return subprocess.Popen(
-            [sys.executable, str(script), str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-
-    began = time.perf_counter()
-    process = start(tmp_path / "whole")
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
-    seconds = time.perf_counter() - began
-    expected = torch.load(tmp_path / "whole" / "final.pt")
+    expected, seconds, _ = stopped_runs.whole(tmp_path / "whole")
     rng, killed = random.Random(0), 0
     for i in range(KILLS):
-        out = tmp_path / f"run{i}"
-        while not (out / "final.pt").exists():
-            process = start(out)
-            try:
-                process.wait(rng.uniform(0.3, 1.0) * seconds)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                killed += 1
-            _, error = process.communicate()
-            assert process.returncode in (0, -signal.SIGKILL), error
-        assert_same_bits(torch.load(out / "final.pt"), expected)
+        killed += stopped_runs.killed_at_moments(tmp_path / f"run{i}", rng, seconds)
+        assert_same_bits(stopped_runs.outcome(tmp_path / f"run{i}"), expected)
     assert killed >= KILLS // 2
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_while_it_saves(tmp_path):
+    expected, _, calls = stopped_runs.whole(tmp_path / "whole")
+    assert calls > 50
+    for i in range(KILLS):
+        stopped_runs.killed_in_saving(tmp_path / f"run{i}", 1 + (i + 1) * calls // (KILLS + 1))
+        assert_same_bits(stopped_runs.outcome(tmp_path / f"run{i}"), expected)

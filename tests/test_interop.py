@@ -15,7 +15,7 @@ from torch import nn
 
 import structadapt as sa
 from structadapt.checkpoint import AdapterFileError
-from structadapt.interop import export_merged, export_peft, load_peft
+from structadapt.interop import export_merged, export_peft, expressions, load_peft
 from structadapt.layers import find_adapted
 
 peft = pytest.importorskip("peft")
@@ -603,6 +603,48 @@ def test_a_setting_that_is_there_twice_is_refused(folder_of):
     path = folder / "adapter_config.json"
     path.write_text(path.read_text().replace('"lora_alpha"', '"lora_alpha": 99, "lora_alpha"', 1))
     refuse(folder, "is no JSON: 'lora_alpha' is there twice")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+$", "(.*)*!", r"(?:\w+\.)*q_proj", ".*" * 12 + "!", ".?" * 40, "(a|aa)*!", "(",
+     "a" * 10_001, "a{99999999999}", "(?=(.*)*!)x", "(x?)" * 60],
+)  # fmt: skip
+def test_an_expression_that_could_take_for_ever_is_refused(folder_of, pattern):
+    for settings in ({"target_modules": pattern}, {"rank_pattern": {pattern: 2}}):
+        folder = folder_of(**ATTENTION)
+        rewrite(folder, config=settings)
+        refuse(folder, "could take for ever: name the layers|is not a regular expression")
+
+
+@pytest.mark.parametrize(
+    "pattern, text, found",
+    [
+        (r".*\.(q_proj|v_proj)", "model.layers.3.self_attn.q_proj", True),
+        (r"^(?!.*vision).*(q|k|v)_proj$", "model.layers.3.self_attn.k_proj", True),
+        (r"model\.layers\.\d+\.self_attn\.[qkvo]_proj", "model.layers.31.self_attn.o_proj", True),
+        (r"(?:foo|bar)*_proj", "foobarfoo_proj", True),
+        (
+            r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+            r"(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj).*?)|"
+            r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:k_proj|v_proj|q_proj)))",
+            "model.language_model.layers.10.self_attn.q_proj",
+            True,
+        ),
+        (r"q_proj", "model.q_proj", False),
+    ],
+)
+def test_expressions_as_people_write_them(pattern, text, found):
+    assert bool(expressions.match(pattern, text, whole=True)) == found
+
+
+def test_many_patterns_and_wrong_types_are_refused(folder_of):
+    folder = folder_of(**ATTENTION)
+    rewrite(folder, config={"rank_pattern": {f"{i}x": 2 for i in range(5000)}})
+    refuse(folder, "rank_pattern has 5000 patterns")
+    folder = folder_of(**ATTENTION)
+    rewrite(folder, config={"target_parameters": 1})
+    refuse(folder, "target_parameters is 1")
 
 
 def test_damaged_folders_are_refused(folder_of, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_grpo_resume import CONFIG, TIMES, noisy_reward
+from stopped_runs import CONFIG, TIMES, noisy_reward
 from test_grpo_train import PROMPTS, Plain, assert_same_bits, state
 from torch import nn
 

@@ -7,6 +7,7 @@ import math
 import os
 import struct
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -778,6 +779,23 @@ def test_pickles_that_are_not_tensors_alone(tmp_path, capfd):
     ):
         path.write_bytes(broken)
         with pytest.raises(SourceError, match=f"x.pt.*{message}"):
+            open_source(path)
+
+
+def test_pickles_that_grow(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"w": torch.zeros(256, 256)}, path)
+    with zipfile.ZipFile(path) as old:
+        parts = {part: old.read(part) for part in old.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, data in parts.items():
+            new.writestr(name, data)
+    with pytest.raises(SourceError, match="x.pt has compressed parts, which torch.save does not"):
+        open_source(path)
+    for legacy in (True, False):
+        spread = torch.zeros(1).expand(10**6, 10**6)
+        torch.save({"w": spread}, path, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(SourceError, match="more values than the file holds"):
             open_source(path)
 
 

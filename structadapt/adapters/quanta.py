@@ -122,7 +122,9 @@ class QuanTA(Adapter):
         shapes = gate_shapes(*self.sizes(*W.shape))
         if self.start == "identity":
             dtype = ops.wide_dtype(W.dtype)
-            gates = [ops.eye_gate(torch.empty(s, dtype=dtype, device=W.device)) for s in shapes]
+            gates = [torch.empty(s, dtype=dtype, device=W.device) for s in shapes]
+            if not W.is_meta:
+                gates = [ops.eye_gate(gate) for gate in gates]
             return {f"gate_{i}": gate for i, gate in enumerate(gates)}
         generator = generator or torch.Generator().manual_seed(0)
         # kaiming-uniform with gain 1, as the official code has it: variance 1 / fan_in

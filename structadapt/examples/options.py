@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import structadapt as sa
+from structadapt.adapter_file import read_adapters
 from structadapt.adapters import Adapter
-from structadapt.checkpoint import read_adapters
 
 LOW_RANK, GATES = {"rank", "alpha", "scaling", "target"}, {"axes", "init", "target"}
 # name: (adapter or None for full fine-tuning, the options that apply to it)

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from structadapt.files import whole_folder, write_atomically
+from structadapt.files import UNSEALED, has_seal, sealed, whole_folder, write_atomically
 from structadapt.grpo import processes, sharded
 from structadapt.grpo.config import Step
 from structadapt.grpo.generators import put_random_state, random_state
@@ -26,6 +26,7 @@ from structadapt.grpo.rollout import Rollout
 from structadapt.grpo.update import Learner
 
 TENSORS, STATE, FINISHED = "tensors.safetensors", "state.json", "finished"
+FORMAT = 2  # the first one had no seal, and no name
 logger = logging.getLogger("structadapt")
 
 
@@ -38,7 +39,8 @@ class Checkpoints:
     keep, the data's position and the random number generators of Python, NumPy and torch. (The
     sampler has none: its noise is keyed by what it is for.) Frozen weights are not in it; a
     fingerprint of them is. It is written beside its place and moved there when all of it is on the
-    disk, and older ones go only then; a state whose content does not match its hash is passed over.
+    disk, and older ones go only then; a state whose content does not match its hashes is passed
+    over.
     What is sharded over the processes (DTensors) is written by each of them, with
     torch.distributed.checkpoint: never whole in one place.
     """
@@ -170,24 +172,27 @@ def _write(
     generators, more = flatten(random_states, "random")
     data = safetensors.torch.save({k: t.contiguous() for k, t in (tensors | more).items()})
     content = {
-        "step": asdict(step), **known, "random": generators,
+        "format": FORMAT, "seal": UNSEALED, "step": asdict(step), **known, "random": generators,
         "sha256": hashlib.sha256(data).hexdigest(),
     }  # fmt: skip
     (new / TENSORS).write_bytes(data)
-    (new / STATE).write_text(json.dumps(content))
+    (new / STATE).write_bytes(sealed(json.dumps(content).encode()))
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path] | None:
     """A state, or None for one that is not whole for every process."""
     found, reason = None, ""
     try:
-        content = json.loads((folder / STATE).read_text())
+        text = (folder / STATE).read_bytes()
+        content = json.loads(text)
         data = (folder / TENSORS).read_bytes()
-    except (OSError, ValueError) as error:
+        digest, shards = content.get("sha256"), content.get("shards", {})
+        altered = {"format", "seal"} & content.keys() and not has_seal(text, content.get("seal"))
+    except (OSError, ValueError, AttributeError) as error:
         reason = f": {error}"
     else:
-        good = hashlib.sha256(data).hexdigest() == content.get("sha256")
-        if good and sharded.is_whole(folder / sharded.FOLDER, content.get("shards", {})):
+        good = hashlib.sha256(data).hexdigest() == digest and not altered
+        if good and sharded.is_whole(folder / sharded.FOLDER, shards):
             found = content, safetensors.torch.load(data), folder
     if processes.any_of(found is None):
         logger.warning("%s is damaged, and passed over%s", folder, reason)

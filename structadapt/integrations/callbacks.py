@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from structadapt.checkpoint import is_adapter_file, read_adapters, refuse_misfit, save
+from structadapt.adapter_file import is_adapter_file, read_adapters
+from structadapt.checkpoint import refuse_misfit, save
 from structadapt.files import sync, take_place
 from structadapt.integrations.guard import NonFiniteGradientError, NonFiniteGuard
 from structadapt.layers import find_adapted, unwrapped

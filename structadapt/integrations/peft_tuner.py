@@ -29,8 +29,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
+from structadapt.adapter_file import AdapterFileError
 from structadapt.adapters.base import Adapter
-from structadapt.checkpoint import AdapterFileError, fingerprint, has_base
+from structadapt.checkpoint import fingerprint, has_base
 from structadapt.integrations.peft_layers import (
     PREFIX,
     TunerLayer,

@@ -3,7 +3,6 @@
 Facts of the format as PEFT 0.21 writes and reads it; the file is JSON, so PEFT is not needed.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,12 +11,15 @@ from typing import Any
 
 from torch import nn
 
+from structadapt.adapter_file import AdapterFileError
 from structadapt.adapters import DoRA, LoRA
-from structadapt.checkpoint import AdapterFileError, without_doubles
+from structadapt.bounds import read_json
+from structadapt.interop.expressions import match
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+MOST_PATTERNS = 4096
 PREFIX = "base_model.model."  # of every tensor's name
 
 # Keys that the import reads, and keys whose value cannot change what the adapter computes.
@@ -111,7 +113,7 @@ class PeftConfig:
         if wanted in (None, []):
             return True
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found = self._regex(re.match, rf".*\.{pattern}\.(\d+)\.", name)
+            found = self._regex(rf".*\.{pattern}\.(\d+)\.", name)
             if found:
                 return int(found[1]) in (wanted if isinstance(wanted, list) else [wanted])
         return False
@@ -119,23 +121,21 @@ class PeftConfig:
     def _selects(self, target: str | list[str], name: str) -> bool:
         """A list names whole paths or what follows a dot; a text is a regular expression."""
         if isinstance(target, str):
-            return bool(self._regex(re.fullmatch, target, name))
+            return bool(self._regex(target, name, whole=True))
         return any(name == t or name.endswith(f".{t}") for t in target)
 
     def _pattern(self, key: str, name: str, default: Any) -> Any:
         """The value of the first expression that matches the end of a layer's path."""
         for pattern, value in (self[key] or {}).items():
-            if self._regex(re.match, rf"(.*\.)?({pattern})$", name):
+            if self._regex(rf"(.*\.)?({pattern})$", name):
                 return value
         return default
 
-    def _regex(self, match: Any, pattern: str, name: str) -> Any:
+    def _regex(self, pattern: str, name: str, whole: bool = False) -> re.Match[str] | None:
         try:
-            return match(pattern, name)
-        except (re.error, RecursionError) as error:
-            raise AdapterFileError(
-                f"{self.path}: {pattern!r} is not a regular expression: {error}"
-            ) from None
+            return match(pattern, name, whole)
+        except ValueError as error:
+            raise AdapterFileError(f"{self.path}: {error}") from None
 
 
 def read_config(folder: Path) -> PeftConfig:
@@ -157,8 +157,8 @@ def parse_config(folder: Path) -> PeftConfig:
     """adapter_config.json of some LoRA, whatever else it asks for. Errors as for `read_config`."""
     path = folder / CONFIG_FILE
     try:
-        values = json.loads(path.read_bytes(), object_pairs_hook=without_doubles)
-    except (ValueError, RecursionError) as error:
+        values = read_json(path)
+    except ValueError as error:
         raise AdapterFileError(f"{path} is no JSON: {error}") from None
     if not isinstance(values, dict):
         raise AdapterFileError(f"{path} holds a {type(values).__name__}, expected an object")
@@ -178,6 +178,7 @@ def _refuse_types(config: PeftConfig) -> None:
         "rank_pattern": dict,
         "alpha_pattern": dict,
         "target_modules": (str, list),
+        "target_parameters": (str, list),
         "exclude_modules": (str, list),
         "layers_pattern": (str, list),
         "layers_to_transform": (int, list),
@@ -188,6 +189,8 @@ def _refuse_types(config: PeftConfig) -> None:
         texts = all(isinstance(item, kind) for item in value) if isinstance(value, list) else True
         if value is not None and not (isinstance(value, kinds) and texts):
             raise AdapterFileError(f"{config.path}: {key} is {value!r}")
+        if isinstance(value, dict) and len(value) > MOST_PATTERNS:  # each is tried for each layer
+            raise AdapterFileError(f"{config.path}: {key} has {len(value)} patterns")
     if config["bias"] not in (None, "none", "all", "lora_only"):
         raise AdapterFileError(
             f"{config.path}: bias is {config['bias']!r}, expected 'none', 'all' or 'lora_only'"

@@ -18,15 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from structadapt.adapter_file import FLOATS, AdapterFileError, SavedLayer, read_tensors
 from structadapt.adapters import DoRA
-from structadapt.checkpoint import (
-    FLOATS,
-    AdapterFileError,
-    SavedLayer,
-    fill,
-    read_tensors,
-    refuse_misfit,
-)
+from structadapt.checkpoint import fill, refuse_misfit
 from structadapt.interop.peft_config import (
     ADVICE,
     PICKLE_FILE,
@@ -111,9 +105,8 @@ def _by_layer(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, T
                 f"part one of {', '.join(PARTS)}"
             )
         tensor = tensors[key]
-        if tensor.dtype not in FLOATS or not torch.isfinite(tensor.float()).all():
-            what = "not finite in fp32" if tensor.dtype in FLOATS else f"{tensor.dtype}"
-            raise AdapterFileError(f"{folder}: {key} is {what}")
+        if tensor.dtype not in FLOATS:
+            raise AdapterFileError(f"{folder}: {key} is {tensor.dtype}")
         name = key[len(PREFIX) : -len(part) - 1]
         parts.setdefault(name, {})[part.replace("vector.weight", "vector")] = tensor
     return parts
@@ -137,7 +130,8 @@ def _other_layers(
         elif name in modules:
             problems.append(f"{name} is a {type(modules[name]).__name__}: it cannot be adapted")
         else:
-            problems.append(f"the model has no layer {name}{near(name, layers)}")
+            hint = near(name, layers) if len(problems) < 3 else ""  # the others are only counted
+            problems.append(f"the model has no layer {name:.200}{hint}")
     expected = config.targets(layers)
     if expected is None or problems:
         return problems
@@ -215,6 +209,8 @@ class _Taker:
                 f"{self.label}.{part} has the shape {tuple(tensor.shape)}, "
                 f"expected {shape} for {reason}"
             )
+        if not torch.isfinite(tensor.float()).all():
+            raise AdapterFileError(f"{self.label}.{part} is not finite in fp32")
         return tensor.clone()  # the file is mapped into memory
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from structadapt.checkpoint import AdapterFileError, SavedLayer, saved_layout
+from structadapt.adapter_file import AdapterFileError, SavedLayer, saved_layout
 from structadapt.interop.peft_config import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from structadapt.layers import find_adapted
 from structadapt.spectra import live_model, peft_folder, pickle_file
@@ -128,9 +128,10 @@ def _of_file(path: Path) -> Content:
         if "structadapt" in header.metadata:
             return _of_adapter(path, header)
         content = Content("safetensors file", dict(header.tensors))
+    content = _fit_names(content)
     _refuse_stray_adapter(path, content.tensors)
     content.files.append(_described(path))
-    return _fit_names(content)
+    return content
 
 
 def _refuse_stray_adapter(path: Path, tensors: Mapping[str, Stored]) -> None:
@@ -147,7 +148,7 @@ def _fit_names(content: Content) -> Content:
         stored = content.tensors.pop(key)
         skipped = stored.skip(unfit_name(key))
         content.skipped.append(
-            Skipped(ascii(key), skipped.shape, skipped.dtype, skipped.source, skipped.reason)
+            Skipped(f"{key!a:.200}", skipped.shape, skipped.dtype, skipped.source, skipped.reason)
         )
     return content
 

@@ -1,6 +1,7 @@
 """What the pictures share: colours that colour-blind readers tell apart, a figure without pyplot,
 names that a font can show, and curves of random matrices to compare with."""
 
+import io
 import math
 import os
 from collections import defaultdict
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from structadapt.files import write_atomically
 from structadapt.spectra.nulls import triangle
 from structadapt.spectra.report import NAMELESS, Report, Row, by_type
 
@@ -52,8 +54,13 @@ def new_figure(width: float, height: float) -> Any:
 
 def written(figure: Any, path: str | os.PathLike[str]) -> Path:
     """Save a figure as the ending of the path says; the path."""
-    figure.savefig(path)
-    return Path(path)
+    path = Path(path)
+    if not path.suffix:
+        path = path.with_suffix(".png")
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:])
+    write_atomically(path, image.getvalue())
+    return path
 
 
 def label(name: Any, width: int = 40) -> str:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from structadapt.bounds import in_part
+
 CHUNK = 2**23  # values in a slice of rows: 64 MiB in float64
 PIECE = 2**18  # values that fit a cache
 DTYPES = {  # what is looked at, by name
@@ -26,6 +28,9 @@ DTYPES = {  # what is looked at, by name
 
 class SourceError(ValueError):
     """A source that cannot be read, naming the file, the tensor and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(in_part(message))
 
 
 class SourceNotFoundError(SourceError, FileNotFoundError):

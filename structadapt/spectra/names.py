@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Set
 
+from structadapt import bounds
 from structadapt.layers import plain_name
 from structadapt.spectra.matrix import DTYPES, SourceError, Stored
 
@@ -35,9 +36,7 @@ def unfit_name(key: object) -> str:
     """Why a tensor cannot have this name, or nothing."""
     if not isinstance(key, str):
         return f"its name is {type(key).__name__} {key!r:.60}, no text"
-    if not key.isprintable():
-        return "its name holds control characters"
-    return ""
+    return bounds.unfit_name(key)
 
 
 def is_stack(stored: Stored) -> bool:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from structadapt.adapter_file import AdapterFileError
 from structadapt.adapters import DoRA, LoRA
-from structadapt.checkpoint import AdapterFileError
 from structadapt.interop.peft_config import (
     CONFIG_FILE,
     FAITHFUL_INITS,

@@ -1,6 +1,7 @@
 """Files of torch.save: .pt, .pth and .bin. Tensors alone; a pickle that runs code is not loaded."""
 
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def read_pickle(path: Path) -> tuple[dict[str, Stored], list[str]]:
         beginning = file.read(64)
     refuse_pointer(path, beginning)
     mapped = beginning.startswith(b"PK\x03\x04")
+    if mapped:
+        _refuse_packed(path)
     content, way = _state_dict(path, _load(path, mapped))
     notes = []
     if not mapped:
@@ -39,6 +42,28 @@ def read_pickle(path: Path) -> tuple[dict[str, Stored], list[str]]:
     if way:
         notes.append(f"{path}: the weights are those under {way!r}")
     return stored, notes
+
+
+def _refuse_packed(path: Path) -> None:
+    """SourceError for an archive with compressed parts, which torch.save never writes and which
+    could grow a thousandfold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [part for part in archive.infolist() if part.compress_type]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise SourceError(f"{path} is truncated or no file of torch.save: {error}") from None
+    if packed:
+        raise SourceError(
+            f"{path} has compressed parts, which torch.save does not write: not loaded"
+        )
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    """Whether a tensor shows some of its storage many times, as an expanded one does."""
+    dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+    if not dense:
+        return False
+    return tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes()
 
 
 def _load(path: Path, mapped: bool) -> Any:
@@ -88,6 +113,8 @@ def _entries(
             yield name, _nothing(path, name, problem or f"a {type(value).__name__}, no tensor")
             continue
         stored = of_tensor(name, value, str(path))
+        if not problem and _is_spread(value):
+            problem = "it says that it has more values than the file holds"
         read = _reader(path, way, key) if mapped else stored.read
         yield name, Stored(
             name, stored.shape, stored.dtype, str(path), read, problem or stored.problem,

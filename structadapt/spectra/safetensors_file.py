@@ -6,7 +6,6 @@ in the file, not through a mapping: nothing that was read stays in the memory of
 file that is cut while it is read is an error, not a crash.
 """
 
-import json
 import os
 import stat
 from collections.abc import Mapping
@@ -17,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structadapt.checkpoint import without_doubles
+from structadapt.bounds import LARGEST_JSON, parse_json
 from structadapt.spectra.matrix import DTYPES, SourceError, SourceNotFoundError, Stored
 
-LARGEST_HEADER = 100 * 2**20  # bytes, as safetensors has it
 LFS = b"version https://git-lfs"
 FORMATS = {  # the name of a dtype in a header: ours, and bits
     "F64": ("float64", 64),
@@ -101,9 +99,9 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
         beginning = file.read(64)
         refuse_pointer(path, beginning)
         length = int.from_bytes(beginning[:8], "little")
-        if size < 8 or (8 + length > size and length <= LARGEST_HEADER):
+        if size < 8 or (8 + length > size and length <= LARGEST_JSON):
             raise SourceError(f"{path} is truncated within its header: download it again")
-        if length > LARGEST_HEADER or beginning[8:9] != b"{":
+        if length > LARGEST_JSON or beginning[8:9] != b"{":
             raise SourceError(
                 f"{path} is no safetensors file: its first bytes are {beginning[:8]!r}, which "
                 f"would be a header of {length} bytes"
@@ -111,8 +109,8 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
         file.seek(8)
         text = file.read(length)
     try:
-        entries = json.loads(text, object_pairs_hook=without_doubles)
-    except (ValueError, RecursionError) as error:
+        entries = parse_json(text)
+    except ValueError as error:
         raise SourceError(f"{path}: its header is damaged: {error}") from None
     return entries, 8 + length
 
@@ -185,13 +183,13 @@ def read_index(path: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     is told from the text alone: what a name links to does not matter, for the cache of Hugging
     Face links to ../../blobs.
     """
-    if regular_file(path).st_size > LARGEST_HEADER:
-        raise SourceError(f"{path} is larger than 100 MiB: no index")
+    if regular_file(path).st_size > LARGEST_JSON:
+        raise SourceError(f"{path} is larger than 32 MiB: no index")
     text = path.read_bytes()
     refuse_pointer(path, text)
     try:
-        index = json.loads(text, object_pairs_hook=without_doubles)
-    except (ValueError, RecursionError) as error:
+        index = parse_json(text)
+    except ValueError as error:
         raise SourceError(f"{path} is no JSON: {error}") from None
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files:
