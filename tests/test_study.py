@@ -31,6 +31,7 @@ from structadapt.study import (
 )  # fmt: skip
 from structadapt.study import runs as cells
 from structadapt.study.cell import Cell
+from structadapt.study.evidence import edge
 from structadapt.study.grid import parse
 
 SMALL = """
@@ -521,7 +522,7 @@ NOT_TESTABLE = "not testable here"
 
 def test_the_edge_is_the_lowest_rate_at_which_most_collapse():
     rows = [row(64, 1e-3, 0.5, False), row(64, 3e-3, 0.0, True), row(64, 1e-2, 0.0, True)]
-    assert claims.edge(rows) == 3e-3 and claims.edge(rows[:1]) is None
+    assert edge(rows) == 3e-3 and edge(rows[:1]) is None
 
 
 def test_a_rank_at_which_two_rules_agree_is_in_both():

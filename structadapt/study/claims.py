@@ -5,9 +5,20 @@ model and task; where the runs that it needs are not there, it is "not testable 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from statistics import median
 
+from structadapt.study.evidence import (
+    NOT_TESTABLE,
+    Claim,
+    all_of,
+    died,
+    edge,
+    evidence_of,
+    joined,
+    lora,
+    pairs_of,
+    verdict_of,
+)
 from structadapt.study.statistics import (
     PAPER,
     Row,
@@ -17,13 +28,8 @@ from structadapt.study.statistics import (
     grouped,
     in_words,
     limits,
-    mean_of,
-    parts,
-    whole_setting,
-    with_scaling,
 )
 
-AGREES, DISAGREES, NOT_TESTABLE = "agrees", "disagrees", "not testable here"
 HIGH, SWEPT = (128, 256), 64  # ranks that stay near the floor; the one that falls with the batch
 BATCHES = (64, 128, 256)
 PAPER_R64 = {64: 0.731, 128: 0.087, 256: 0.060}  # accuracy of rank 64 by batch size
@@ -31,42 +37,9 @@ SAME: Scaling = (16.0, "alpha/r")  # one alpha for every rank
 CLEAR = 0.75  # of all pairs of runs: one kind has larger values than the other
 
 
-@dataclass(frozen=True)
-class Claim:
-    """One claim, what the study says, and the figures behind it."""
-
-    text: str
-    verdict: str
-    evidence: str
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """The runs of one model and task, by what they are for."""
-
-    sweep: list[Row]  # ranks and rates at one batch size
-    batches: list[Row]  # several batch sizes
-    endless: list[Row]  # that went on after they were absorbed
-    supervised: list[Row]
-
-
-def evidence(rows: Sequence[Row]) -> Evidence:
-    """Of the runs of one model and task: the largest part for each purpose."""
-    found: dict[str, list[Row]] = {"sweep": [], "batches": [], "endless": [], "supervised": []}
-    for part in parts(rows):
-        if part[0]["method"] == "sft":
-            name = "supervised"
-        elif not part[0]["stop_absorbed"]:
-            name = "endless"
-        else:
-            name = "sweep" if len({row["batch"] for row in part}) == 1 else "batches"
-        found[name] = found[name] or part
-    return Evidence(**found)
-
-
 def judged(rows: Sequence[Row]) -> list[Claim]:
     """The paper's claims, on the runs of one model and task."""
-    found = evidence(rows)
+    found = evidence_of(rows)
     sweep = found.sweep or found.batches
     return [
         _cliff(sweep),
@@ -89,30 +62,9 @@ def judged(rows: Sequence[Row]) -> list[Claim]:
 
 def beyond(rows: Sequence[Row]) -> list[Claim]:
     """What the paper does not say, on the runs of one model and task."""
-    found = evidence(rows)
+    found = evidence_of(rows)
     sweep = found.sweep or found.batches
     return [_scale_decides(sweep), _dips(found.supervised, sweep)]
-
-
-def lora(rows: Iterable[Row], rank: int, scaling: Scaling = PAPER) -> list[Row]:
-    """Runs of LoRA of a rank at the scale that a rule gives it."""
-    return with_scaling((r for r in rows if r["adapter"] == "lora" and r["rank"] == rank), scaling)
-
-
-def died(rows: Sequence[Row]) -> str:
-    """How many collapsed, and the mean accuracy."""
-    if not rows:
-        return "no run"
-    mean = mean_of([final(row) for row in rows]).mean
-    return f"{sum(r['collapsed'] for r in rows)} of {len(rows)} collapsed, {mean:.1%}"
-
-
-def _all(rows: Sequence[Row], collapsed: bool) -> bool:
-    return bool(rows) and all(row["collapsed"] == collapsed for row in rows)
-
-
-def _verdict(agrees: bool) -> str:
-    return AGREES if agrees else DISAGREES
 
 
 # -- the cliff -------------------------------------------------------------------------------------
@@ -128,11 +80,11 @@ def _cliff(rows: Sequence[Row]) -> Claim:
         if low and all(high):
             learns = all(final(r) > r["before"]["sampled"] for r in low)
             every = [r for runs in high for r in runs]
-            found.append(learns and _all(every, True))
+            found.append(learns and all_of(every, True))
             said.append(f"lr {rate:g}: r=8 {died(low)}; r=128 and 256 {died(every)}")
     if not found:
         return Claim(text, NOT_TESTABLE, "no runs of ranks 8, 128 and 256 at one learning rate")
-    return Claim(text, _verdict(any(found)), _joined(said))
+    return Claim(text, verdict_of(any(found)), joined(said))
 
 
 def _at_batches(rows: Sequence[Row], rule: str) -> dict[tuple[float, int], dict[int, list[Row]]]:
@@ -150,10 +102,10 @@ def _by_batch(text: str, rows: Sequence[Row], rule: str, collapse: dict[int, boo
     found = _at_batches(rows, rule)
     if not found:
         return Claim(text, NOT_TESTABLE, "no runs of it at batch 64, 128 and 256")
-    good = any(all(_all(runs[b], c) for b, c in collapse.items()) for runs in found.values())
+    good = any(all(all_of(runs[b], c) for b, c in collapse.items()) for runs in found.values())
     said = [f"lr {lr:g} at {base}: " + ", ".join(f"batch {b} {died(r)}" for b, r in runs.items())
             for (lr, base), runs in found.items()]  # fmt: skip
-    return Claim(text, _verdict(good), _joined(said))
+    return Claim(text, verdict_of(good), joined(said))
 
 
 def _falls(rows: Sequence[Row], rule: str) -> Claim:
@@ -183,9 +135,9 @@ def _train_on(rows: Sequence[Row]) -> Claim:
     good, said = [], []
     for name, rates in found.items():
         every = [[r for runs in sizes.values() for r in runs] for sizes in rates.values()]
-        good.append(any(_all(runs, False) for runs in every))
+        good.append(any(all_of(runs, False) for runs in every))
         said += [f"{name}, lr {lr:g}: {died(r)}" for (lr, _), r in zip(rates, every, strict=True)]
-    return Claim(text, _verdict(all(good)), _joined(said))
+    return Claim(text, verdict_of(all(good)), joined(said))
 
 
 def _irrecoverable(rows: Sequence[Row]) -> Claim:
@@ -197,36 +149,26 @@ def _irrecoverable(rows: Sequence[Row]) -> Claim:
     said = (f"{len(runs)} runs went on to the last prompt after eight steps in a row without a "
             f"gradient: {len(back)} ended at half of their first accuracy or more, the best at "
             f"{max(map(final, runs)):.1%}")  # fmt: skip
-    return Claim(text, _verdict(not back), said)
+    return Claim(text, verdict_of(not back), said)
 
 
 # -- supervised training ---------------------------------------------------------------------------
 
 
-def _pairs(supervised: Sequence[Row], sweep: Sequence[Row]) -> list[list[Row]]:
-    """Supervised runs of each setting that collapses under GRPO with every seed."""
-
-    def key(row: Row) -> tuple[str, float, int]:
-        return whole_setting(row), row["rate"], row["batch"]
-
-    sft = grouped(supervised, key)
-    return [sft[k] for k, found in grouped(sweep, key).items() if k in sft and _all(found, True)]
-
-
 def _not_in_sft(supervised: Sequence[Row], sweep: Sequence[Row]) -> Claim:
     text = "The cliff is a matter of RL: supervised, the same settings end well"
-    pairs = _pairs(supervised, sweep)
+    pairs = pairs_of(supervised, sweep)
     if not pairs:
         return Claim(text, NOT_TESTABLE, "no supervised runs of settings that collapse under GRPO")
     back = [runs for runs in pairs if all(final(r) > r["before"]["sampled"] for r in runs)]
     said = (f"{len(back)} of {len(pairs)} settings that collapse under GRPO with every seed end "
             "above their start with every seed when supervised")  # fmt: skip
-    return Claim(text, _verdict(len(back) == len(pairs)), said)
+    return Claim(text, verdict_of(len(back) == len(pairs)), said)
 
 
 def _dips(supervised: Sequence[Row], sweep: Sequence[Row]) -> Claim:
     text = "The large first step ruins a supervised policy too, which then comes back"
-    runs = [r for runs in _pairs(supervised, sweep) for r in runs]
+    runs = [r for runs in pairs_of(supervised, sweep) for r in runs]
     seen = [[v for v in r["rewards"] if v is not None] for r in runs]
     runs = [(r, v) for r, v in zip(runs, seen, strict=True) if v]
     if not runs:
@@ -236,7 +178,7 @@ def _dips(supervised: Sequence[Row], sweep: Sequence[Row]) -> Claim:
     said = (f"{len(down)} of {len(runs)} such runs fall below a tenth of their start on the way, "
             f"and {len(back)} of these end above it")  # fmt: skip
     good = len(down) > len(runs) / 2 and len(back) > len(down) / 2
-    return Claim(text, _verdict(good), said)
+    return Claim(text, verdict_of(good), said)
 
 
 # -- spectra ---------------------------------------------------------------------------------------
@@ -268,7 +210,7 @@ def _concentrated(rows: Sequence[Row]) -> Claim:
     said = [f"{name}: collapsed {_medians(bad, key):.3g}, lived {_medians(good, key):.3g} "
             f"(larger in {above[key]:.0%} of pairs)" for key, name in names.items()]  # fmt: skip
     agrees = above["topk_energy"] >= CLEAR and above["stable_rank"] <= 1 - CLEAR
-    return Claim(text, _verdict(agrees), _joined(said) + f"; {len(bad)} and {len(good)} runs")
+    return Claim(text, verdict_of(agrees), joined(said) + f"; {len(bad)} and {len(good)} runs")
 
 
 def _separates(rows: Sequence[Row]) -> Claim:
@@ -281,7 +223,7 @@ def _separates(rows: Sequence[Row]) -> Claim:
     wrong, base = limits(points).errors, min(count, len(points) - count)
     said = (f"the best limit of top-1 energy is wrong for {wrong} of {len(points)} runs; always "
             f"saying the more frequent fate is wrong for {base}")  # fmt: skip
-    return Claim(text, _verdict(wrong <= base / 2), said)
+    return Claim(text, verdict_of(wrong <= base / 2), said)
 
 
 def _milder(rows: Sequence[Row]) -> Claim:
@@ -295,7 +237,7 @@ def _milder(rows: Sequence[Row]) -> Claim:
     said = [f"{n}: top-1 energy {top[n]:.3g}, effective rank {_medians(f, 'effective_rank'):.3g}"
             for n, f in found.items()]  # fmt: skip
     good = top["QuanTA"] < top["full"] < top["LoRA"]
-    return Claim(text, _verdict(good), _joined(said) + " (medians of the runs that lived)")
+    return Claim(text, verdict_of(good), joined(said) + " (medians of the runs that lived)")
 
 
 # -- beyond the paper ------------------------------------------------------------------------------
@@ -319,16 +261,4 @@ def _scale_decides(rows: Sequence[Row]) -> Claim:
     ]
     good = len(set(same.values())) < len(set(paper.values())) and len(set(same.values())) <= 2
     words = "lowest rate at which most runs collapse. "
-    return Claim(text, _verdict(good), words + _joined(said))
-
-
-def edge(rows: Sequence[Row]) -> float | None:
-    """The lowest learning rate at which most runs collapse; None if there is none."""
-    for rate, found in sorted(grouped(rows, lambda row: row["rate"]).items()):
-        if sum(row["collapsed"] for row in found) > len(found) / 2:
-            return rate
-    return None
-
-
-def _joined(parts: Iterable[str]) -> str:
-    return "; ".join(parts)
+    return Claim(text, verdict_of(good), words + joined(said))

@@ -15,7 +15,8 @@ from structadapt import markup
 from structadapt.examples.process import strict
 from structadapt.files import write_atomically
 from structadapt.study import collect, figures, tables
-from structadapt.study.claims import Claim, beyond, judged
+from structadapt.study.claims import beyond, judged
+from structadapt.study.evidence import Claim
 from structadapt.study.statistics import Row, grouped, mean_of, parts
 
 TITLE = "Which update survives GRPO"
