@@ -15,8 +15,9 @@ Row = dict[str, Any]
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 NORMAL = 1.959964
-VARIED = {"adapter", *OPTIONS, "lr", "lr_rule", "lr_batch", "batch", "seed", "micro_batch", "slots"}
-PROTOCOL = tuple(f.name for f in fields(Cell) if f.name not in VARIED | NO_FIGURE)
+VARIED = {"adapter", *OPTIONS, "dtype", "lr", "lr_rule", "lr_batch", "batch", "seed"}
+SAME_FIGURE = {"micro_batch", "slots", *NO_FIGURE}
+PROTOCOL = tuple(f.name for f in fields(Cell) if f.name not in VARIED | SAME_FIGURE)
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,7 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Hashable]) -> dict[Any, li
 def parts(rows: Iterable[Row]) -> list[list[Row]]:
     """Runs that may be compared: alike in all but adapter, learning rate, batch size and seed. The
     largest part first."""
-
-    def protocol(row: Row) -> str:  # full fine-tuning is in float32 whatever the others are in
-        own = {"dtype": None} if row["adapter"] == "full" else {}
-        return json.dumps([{**row, **own}[name] for name in PROTOCOL])
-
-    groups = grouped(rows, protocol)
+    groups = grouped(rows, lambda row: json.dumps([row[name] for name in PROTOCOL]))
     return sorted(groups.values(), key=len, reverse=True)
 
 
@@ -135,7 +131,7 @@ def setting(row: Row) -> str:
         text += f" {row['axes']}" + (" axes" if str(row["axes"]).isdigit() else "")
     if row["init"] not in (None, "identity"):
         text += f", init {row['init']}"
-    return text
+    return text + ("" if row["dtype"] == "float32" else f", {row['dtype']}")
 
 
 def whole_setting(row: Row) -> str:

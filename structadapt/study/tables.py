@@ -137,13 +137,15 @@ TOLD_BY: dict[str, Callable[[Row], float | None]] = {
     "learning rate": lambda row: row["rate"],
     "rank": lambda row: row["rank"],
     "top-1 energy of the update": lambda row: (row["spectra"] or {}).get("topk_energy"),
+    "stable rank of the update": lambda row: (row["spectra"] or {}).get("stable_rank"),
 }
 
 
 def told_by(rows: Sequence[Row]) -> Table:
-    """By which number the runs of LoRA that collapse are told best, each with its best limit."""
+    """By which number the runs of LoRA (of two ranks and more) that collapse are told best, each
+    with its best limit."""
     lines = [["LoRA: collapse told by", "best limit", "wrong", "runs"]]
-    runs = [row for row in judgeable(rows) if row["adapter"] == "lora"]
+    runs = [row for row in judgeable(rows) if row["adapter"] == "lora" and row["rank"] > 1]
     for name, value in TOLD_BY.items():
         if (best := limits_of(runs, value)) is not None:
             share = f"{best.errors} ({best.errors / best.count:.1%})"
