@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_tree(tmp_path):
-    """Built offline from a copy: every Python file, the kernels once, the licence and py.typed."""
+    """Built offline from a copy: every Python file and grid, the kernels once, the licence and
+    py.typed."""
     source = tmp_path / "source"
     unneeded = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, symlinks=True, ignore=unneeded)
@@ -34,7 +35,8 @@ def test_the_wheel_holds_the_tree(tmp_path):
     tree = {str(p.relative_to(ROOT)) for p in (ROOT / "structadapt").rglob("*.py")}
     tree = {name for name in tree if not name.startswith("structadapt/kernels")}
     kernels = {f"structadapt/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
-    assert shipped == tree | kernels | {"structadapt/py.typed"}
+    grids = {str(p.relative_to(ROOT)) for p in (ROOT / "structadapt").rglob("*.toml")}
+    assert grids and shipped == tree | kernels | grids | {"structadapt/py.typed"}
     assert any(n.endswith("licenses/LICENSE") for n in names)
     metadata = next(n for n in names if n.endswith("METADATA"))
     text = zipfile.ZipFile(wheel).read(metadata).decode()

@@ -34,6 +34,7 @@ from structadapt.study.cell import Cell
 from structadapt.study.evidence import edge
 from structadapt.study.grid import parse
 
+ROOT = Path(__file__).parents[1]
 SMALL = """
 name = "tried"
 [run]
@@ -434,6 +435,30 @@ def test_the_report_reads_the_folders_alone(study, tmp_path, capsys):
     report.write(tmp_path / "r", again)  # from its study.json
     assert (again / "report.md").read_text() == (tmp_path / "r" / "report.md").read_text()
     assert (again / "study.json").read_text() == (tmp_path / "r" / "study.json").read_text()
+
+
+@pytest.mark.slow
+def test_the_committed_report_is_that_of_the_committed_figures(tmp_path):
+    committed = ROOT / "docs" / "study"
+    report.write(committed, tmp_path)
+    assert (tmp_path / "report.md").read_text() == (committed / "report.md").read_text()
+    drawn = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert drawn == {p.name for p in (committed / "figures").iterdir()}
+
+
+def test_what_is_advised_is_what_was_measured():
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    table = (ROOT / "docs" / "study" / "report.md").read_text()
+    quoted = re.findall(r"[0-9]+\.[0-9] ± [0-9]+", text)
+    assert len(quoted) >= 5 and all(value in table for value in quoted)
+    runs = collect.collected(ROOT / "docs" / "study")["runs"]
+    grpo = [r for r in runs if r["method"] == "grpo" and r["prompts"] == 2048]
+    main_part = [r for r in statistics.parts(grpo)[0] if r["adapter"] in ("lora", "dora")]
+    for adapter, least in (("lora", 2), ("dora", 1)):
+        points = [(r["scale"] * r["rank"] * r["rate"], r["collapsed"])
+                  for r in main_part if r["adapter"] == adapter and r["rank"] >= least]  # fmt: skip
+        assert statistics.errors(points, 0.157) == (9 if adapter == "lora" else 0)
+    assert "0.157, is wrong for 9" in text
 
 
 def test_means_have_students_intervals():
