@@ -10,12 +10,12 @@ STYLE = """
 body { font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif; color: #1a1a1a; max-width: 76rem;
        margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: 13px; margin-bottom: 1rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
          white-space: nowrap; }
 th { background: #f3f3f3; font-weight: 600; }
 th:first-child, td:first-child, .text td, .text th { text-align: left; }
-.text td { white-space: normal; overflow-wrap: anywhere; }
+.text td { white-space: normal; overflow-wrap: break-word; }
 .wide { overflow-x: auto; } figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
 figcaption, .quiet { color: #555; font-size: 13px; } summary { cursor: pointer; margin: .6rem 0; }
 @media print { details { display: block; } }
