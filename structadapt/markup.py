@@ -10,7 +10,8 @@ STYLE = """
 body { font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif; color: #1a1a1a; max-width: 76rem;
        margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; font-size: 13px; margin-bottom: 1rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: 13px; margin-bottom: 1rem;
+        font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
          white-space: nowrap; }
 th { background: #f3f3f3; font-weight: 600; }
