@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from structadapt.cli import main
+from structadapt.examples.process import StepLog
 from structadapt.study import (
     claims,
     collect,
@@ -339,6 +340,26 @@ def test_one_process_holds_a_cell(tmp_path):
         assert first is not None and second is None
     with folders.claimed(tmp_path) as third:
         assert third is not None
+
+
+def test_no_two_workers_see_one_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    cell = Cell("full", 1e-3, device="cuda", processes=2)
+    assert runner.devices_for([cell] * 9, None) == ["0,1", "2,3"]
+    assert runner.devices_for([cell] * 9, 1) == ["0,1"] == runner.devices_for([cell], None)
+    with pytest.raises(ValueError, match="needs 8 GPUs, and there are 5"):
+        runner.devices_for([replace(cell, processes=8)], None)
+    assert runner.devices_for([replace(cell, device="cpu", processes=1)] * 9, 3) == [None] * 3
+
+
+def test_a_log_that_a_full_disk_cut_short_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "reward": 0.1}\n{"step": 1, "rew')
+    log = StepLog(path)
+    log.add({"step": 1, "reward": math.nan})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 0, "reward": 0.1}, {"step": 1, "reward": None},
+    ]  # fmt: skip
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
