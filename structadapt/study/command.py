@@ -1,6 +1,6 @@
 """Rerun the question of "Structure Over Scale": which adapter, rank and scale survive GRPO.
 
-    structadapt study run small --out runs/small         96 runs, 7 minutes on two CPU cores  
+    structadapt study run small --out runs/small         96 runs, 7 minutes on two CPU cores
     structadapt study status runs/small                  what is done, and what failed
     structadapt study report runs/small                  report.html and report.md in that folder
 
