@@ -36,7 +36,9 @@ def run(options: list[str], folder: Path) -> dict[str, Any]:
     subprocess.run([*program, *options, "--quiet", "--json", "--out", folder], check=True,
                    stdout=subprocess.DEVNULL)  # fmt: skip
     config = json.loads((folder / "config.json").read_text())
-    return {"config": config, **json.loads((folder / "summary.json").read_text())}
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["spectra"]  # a hundred columns a layer, of which the table has none
+    return {"config": config, **summary}
 
 
 def measure(smoke: bool) -> dict[str, Any]:
