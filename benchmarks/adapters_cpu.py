@@ -29,24 +29,20 @@ a worker thread that spins while it waits, and Linux may account it in ticks of 
 """
 
 import argparse
-import importlib.metadata
 import itertools
 import json
-import os
-import platform
 import random
 import re
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -398,7 +394,7 @@ def measure(smoke: bool = False, only: str = "") -> dict[str, Any]:
         "rank": RANK,
         "scale": SCALE,
     }
-    return {"machine": machine(), "settings": settings, "cases": results}
+    return {"machine": machine.record(("torch", "peft")), "settings": settings, "cases": results}
 
 
 def pooled(parts: tuple[dict[str, Any], ...]) -> dict[str, Any]:
@@ -412,24 +408,6 @@ def pooled(parts: tuple[dict[str, Any], ...]) -> dict[str, Any]:
                     ms for part in parts for ms in part["providers"][name][kind][clock]
                 ]
     return case
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what the numbers are made."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
-    return {
-        "processor": models[0] if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "date": date.today().isoformat(),
-        "commit": git.stdout.strip(),
-        "versions": {p: importlib.metadata.version(p) for p in ("torch", "peft")},
-    }
 
 
 # -- showing ---------------------------------------------------------------------------------------

@@ -20,22 +20,17 @@ savers     two processes saving to one place                         a minute
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
-import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the library as it lies here
 
+import machine  # noqa: E402
 import reliability_attacks as attacks  # noqa: E402
 import reliability_disk as disk  # noqa: E402
 import reliability_kills as kills  # noqa: E402
@@ -47,6 +42,7 @@ import torch  # noqa: E402
 from structadapt.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results" / "reliability.json"
+PACKAGES = ("structadapt", "torch", "safetensors", "transformers", "numpy")
 Rows = list[tuple[str, str, str, bool]]  # (what, target, measured, met)
 Keep = Callable[[Any], None]  # takes what is there so far
 
@@ -122,7 +118,8 @@ def measure(names: list[str], smoke: bool, again: bool, out: Path | None) -> dic
         before = {} if again else results.get(name, {})
 
         def keep(found: Any, name: str = name) -> None:
-            results[name] = {"machine": machine(), "result": found}
+            here = machine.record(PACKAGES) | {"threads": torch.get_num_threads()}
+            results[name] = {"machine": here, "result": found}
             if out is not None:
                 write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
 
@@ -131,26 +128,6 @@ def measure(names: list[str], smoke: bool, again: bool, out: Path | None) -> dic
         if found != before.get("result") or not before:
             keep(found)
     return results
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what the numbers are made."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
-    packages = ("structadapt", "torch", "safetensors", "transformers", "numpy")
-    return {
-        "processor": models[0] if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "date": date.today().isoformat(),
-        "commit": git.stdout.strip(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
 
 
 def table(results: dict[str, Any]) -> str:

