@@ -83,9 +83,8 @@ def started(seed: int, target: float, kept: Path | None) -> tiny_lm.TinyLM:
             tokenizer=tiny_lm.CharTokenizer(),
         ).mean  # fmt: skip
 
-    rng = random.Random(f"cold start {seed}")
-    source = tiny_lm.problems(rng, held_out=False, curriculum=True)
-    for _ in tiny_lm.cold_start(model, accuracy, target, source, max_steps=400 if target else 0):
+    lessons = tiny_lm.lessons(seed)
+    for _ in tiny_lm.cold_start(model, accuracy, target, lessons, max_steps=400 if target else 0):
         pass
     if path:
         path.write_bytes(safetensors.torch.save(model.state_dict()))

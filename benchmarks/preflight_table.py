@@ -112,10 +112,9 @@ def started(seed: int, protocol: Protocol) -> tuple[tiny_lm.TinyLM, dict[str, fl
     torch.manual_seed(seed)
     model = tiny_lm.TinyLM()
     quick = replace(protocol, problems=min(protocol.problems, 300))
-    rng = random.Random(f"cold start {seed}")
     steps = tiny_lm.cold_start(
         model, lambda: accuracy(model, quick, seed)["sampled"], protocol.cold_start,
-        tiny_lm.problems(rng, held_out=False, curriculum=True),
+        tiny_lm.lessons(seed),
         max_steps=400 if protocol.cold_start else 0,
     )  # fmt: skip
     for _ in steps:

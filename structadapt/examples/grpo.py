@@ -170,9 +170,8 @@ class Run:
         target, seed, reached = self.settings.cold_start, self.settings.seed, 0.0
         if target == 0:
             return
-        rng = random.Random(f"cold start {seed}")
-        source = tiny_lm.problems(rng, held_out=False, curriculum=True)
-        for step, loss, seen in tiny_lm.cold_start(self.model, accuracy, target, source):
+        lessons = tiny_lm.lessons(seed)
+        for step, loss, seen in tiny_lm.cold_start(self.model, accuracy, target, lessons):
             reached = reached if seen is None else seen
             progress.cold_start(step, loss, seen, target)
             if interrupted():

@@ -125,6 +125,11 @@ def problems(rng: random.Random, held_out: bool, curriculum: bool = False) -> It
             yield problem(a, b)
 
 
+def lessons(seed: int) -> Iterator[dict]:
+    """The problems of the cold start of a seed."""
+    return problems(random.Random(f"cold start {seed}"), held_out=False, curriculum=True)
+
+
 def cold_start(
     model: TinyLM,
     accuracy: Callable[[], float],
