@@ -49,6 +49,7 @@ from structadapt.integrations.trl import (
 from structadapt.layers import find_adapted
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     # peft asks transformers for it by the old name; TRL's own default sets it by the old name
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"),
 ]
@@ -60,14 +61,6 @@ KINDS = (
     sa.QuanTA(init="paper"),
 )
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=repr)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def llama(dtype=torch.float32, **options):
