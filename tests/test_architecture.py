@@ -83,7 +83,16 @@ MAY_IMPORT = {
         "surgery",
     },
     "examples": {"adapter_file", "structadapt", "adapters", "checkpoint", "files", "layers"},
-    "study": {"structadapt", "adapters", "examples", "files", "markup", "spectra"},
+    "study": {
+        "structadapt",
+        "adapted",
+        "adapters",
+        "examples",
+        "files",
+        "grpo",
+        "markup",
+        "spectra",
+    },
     "cli": {"examples", "spectra", "study"},
     "structadapt": {
         "adapters",

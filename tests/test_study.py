@@ -60,13 +60,7 @@ lr = 1e-3
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the workers of a study have, whose runs are compared bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the workers have: bit for bit
 
 
 @pytest.fixture(scope="module")
@@ -617,8 +611,3 @@ def test_the_picture_of_every_kind_is_drawn(tmp_path):
     assert names == {"batches", "cliff", "rates", "size", "spectra", "traces", "supervised", "kl"}
     text = "\n\n".join(map(report._markdown, blocks))
     assert "| x | a b |" in text and "of 30 planned" in text
-
-
-def test_one_process_agrees_with_itself():
-    assert distributed.agreed(True) and not distributed.agreed(False)
-    assert collect.FIGURES == "study.json"

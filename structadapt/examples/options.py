@@ -170,11 +170,15 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {k: v for part in parts for k, v in part.items()}
 
 
+def axes_in(text: str) -> int | tuple[int, ...]:
+    """Of 3 or 8x4x4. ValueError for anything else."""
+    first, *rest = (int(size) for size in text.split("x"))
+    return (first, *rest) if rest else first
+
+
 def _axes(text: str) -> int | tuple[int, ...]:
-    """3 or 8x4x4."""
     try:
-        first, *rest = (int(size) for size in text.split("x"))
+        return axes_in(text)
     except ValueError:
         message = f"{text!r} is neither a number of axes (3) nor sizes (8x4x4)"
         raise argparse.ArgumentTypeError(message) from None
-    return (first, *rest) if rest else first

@@ -13,7 +13,6 @@ Exit code: 0 safe or uncertain, 4 will collapse, 3 no signal (nothing can be sai
 
 import argparse
 import copy
-import json
 import random
 import sys
 import tempfile
@@ -30,7 +29,7 @@ import structadapt as sa
 from structadapt.examples import show, tiny_lm
 from structadapt.examples.grpo import Run
 from structadapt.examples.options import Settings, learning_rate
-from structadapt.examples.process import first_interrupt
+from structadapt.examples.process import first_interrupt, strict
 from structadapt.layers import find_adapted
 
 EXIT = {"safe": 0, "uncertain": 0, "no signal": 3, "will collapse": 4}
@@ -123,4 +122,4 @@ def _text(report: sa.grpo.Preflight, alpha: Alpha | None) -> str:
 def _json(report: sa.grpo.Preflight, alpha: Alpha | None) -> str:
     """JSON has no infinity: null."""
     whole: dict[str, Any] = {**asdict(report), "alpha": None if alpha is None else asdict(alpha)}
-    return json.dumps(json.loads(json.dumps(whole), parse_constant=lambda _: None))
+    return strict(whole)

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -12,18 +13,21 @@ import torch
 
 import structadapt as sa
 from structadapt.adapters import Adapter
+from structadapt.examples.options import ADAPTERS, axes_in
 
-ADAPTERS = {"lora": sa.LoRA, "dora": sa.DoRA, "quanta": sa.QuanTA, "full": None}
-APPLICABLE = {"lora": ("rank", "alpha", "scaling"), "dora": ("rank", "alpha", "scaling"),
-              "quanta": ("axes", "init"), "full": ()}  # fmt: skip
 OPTIONS = ("rank", "alpha", "scaling", "axes", "init")
 EMBEDDED = {"tiny": 128, "tiny-256": 256}  # embedded models: their width
+# name: whether it is of the embedded models
 TASKS = {"addition": True, "sorting": True, "sums": False, "deepmath": False, "gym": False}
+# name: what a learning rate is multiplied with, of batch size / batch size at which it holds
+RULES: dict[str, Callable[[float], float]] = {
+    "fixed": lambda share: 1.0, "sqrt": math.sqrt, "linear": lambda share: share,
+}  # fmt: skip
 CHOICES = {
     "adapter": tuple(ADAPTERS),
-    "task": tuple(TASKS),  # True: of the embedded models
+    "task": tuple(TASKS),
     "method": ("grpo", "sft"),
-    "lr_rule": ("fixed", "linear", "sqrt"),
+    "lr_rule": tuple(RULES),
     "schedule": ("constant", "linear"),
     "dtype": ("float32", "bfloat16", "float16"),
 }
@@ -91,7 +95,7 @@ class Cell:
             good = value is None or low <= value <= high
             _check(good, name, f"from {low:.4g} to {high:.4g}", self)
         for name in OPTIONS:
-            if name not in APPLICABLE[self.adapter] and getattr(self, name) is not None:
+            if name not in ADAPTERS[self.adapter][1] and getattr(self, name) is not None:
                 raise ValueError(f"{name} does not apply to adapter = {self.adapter!r}")
         self.build_adapter()
         self._check_together()
@@ -123,7 +127,7 @@ class Cell:
 
     def build_adapter(self) -> Adapter | None:
         """The adapter, or None for full fine-tuning. ValueError for options it refuses."""
-        kind = ADAPTERS[self.adapter]
+        kind = ADAPTERS[self.adapter][0]
         if kind is None:
             return None
         options = {n: getattr(self, n) for n in OPTIONS}
@@ -134,7 +138,7 @@ class Cell:
             options["alpha"] = 2.0 * options["rank"]
         if isinstance(self.axes, str):
             try:
-                options["axes"] = tuple(int(size) for size in self.axes.split("x"))
+                options["axes"] = axes_in(self.axes)
             except ValueError:
                 _check(False, "axes", 'a number, or sizes as "8x4x4"', self)
         return kind(**options)
@@ -142,8 +146,7 @@ class Cell:
     @property
     def rate(self) -> float:
         """The learning rate of the optimizer, by the rule."""
-        share = self.batch / self.lr_batch
-        return self.lr * {"fixed": 1.0, "linear": share, "sqrt": math.sqrt(share)}[self.lr_rule]
+        return rate_by(self.lr_rule, self.lr, self.batch, self.lr_batch)
 
     @property
     def scale(self) -> float | None:
@@ -168,7 +171,7 @@ class Cell:
         whole["lr"] = float(f"{plain.lr:.6g}")
         return whole
 
-    @property
+    @cached_property
     def id(self) -> str:
         """A name for the cell's folder: what it is, in short, and a part of a hash."""
         parts = [self.adapter if self.method == "grpo" else f"{self.method}-{self.adapter}"]
@@ -176,9 +179,17 @@ class Cell:
             parts += [f"r{self.rank}", f"s{self.scale:.3g}"]
         parts += [f"axes{self.axes}"] if self.axes is not None else []
         parts += [f"lr{self.rate:.3g}", f"b{self.batch}", f"seed{self.seed}"]
-        text = json.dumps(self.describe(), sort_keys=True)
-        parts.append(hashlib.sha256(text.encode()).hexdigest()[:DIGITS])
-        return "-".join(parts)
+        return "-".join([*parts, digest(self.describe())[:DIGITS]])
+
+
+def rate_by(rule: str, lr: float, batch: int, lr_batch: int) -> float:
+    """The learning rate at a batch size, of `lr` at `lr_batch` and a rule."""
+    return lr * RULES[rule](batch / lr_batch)
+
+
+def digest(content: Any) -> str:
+    """A short name for a JSON value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def config(cell: Cell, eos: Any, pad: int, new_tokens: int) -> sa.grpo.Config:

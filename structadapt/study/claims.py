@@ -43,8 +43,8 @@ def judged(rows: Sequence[Row]) -> list[Claim]:
     sweep = found.sweep or found.batches
     return [
         _cliff(sweep),
-        *(_falls(found.batches, rule) for rule in ("fixed", "sqrt", "linear")),
-        *(_stays(found.batches, rule) for rule in ("fixed", "sqrt", "linear")),
+        *(_falls(found.batches, rule) for rule in RULES),
+        *(_stays(found.batches, rule) for rule in RULES),
         _train_on(found.batches),
         _irrecoverable(found.endless),
         _not_in_sft(found.supervised, sweep),

@@ -102,7 +102,7 @@ def _run(args: argparse.Namespace) -> int:
     except (StoppedError, KeyboardInterrupt):
         _say(args, "\nstopped: the same command goes on")
         return 130
-    return _end(args, found, cells)
+    return _end(args, cells)
 
 
 def _work(cells: list[Cell], args: argparse.Namespace) -> int:
@@ -178,7 +178,7 @@ class Told:
                 _say(self.args, line + left * (count < self.whole))
 
 
-def _end(args: argparse.Namespace, found: Grid, cells: list[Cell]) -> int:
+def _end(args: argparse.Namespace, cells: list[Cell]) -> int:
     statuses = folders.status(cells, args.out)
     if args.json:
         print(_json(statuses))

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from structadapt.adapted import whole
+from structadapt.grpo import processes
 from structadapt.study import folders
 from structadapt.study.cell import Cell
 
@@ -24,19 +26,6 @@ STOP = ".stop"  # in the cell's folder: the processes end after their step
 
 class StoppedError(Exception):
     """The run was asked to stop, and goes on from its last state the next time."""
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def agreed(flag: bool) -> bool:
-    """Whether any process says so: all of them stop, or none does."""
-    if not dist.is_initialized():
-        return flag
-    flags: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(flags, flag)
-    return any(flags)
 
 
 def device_of(cell: Cell) -> str:
@@ -59,14 +48,11 @@ def shard(model: nn.Module) -> None:
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter, whole and on the CPU of the first process; tied ones once. Collective where
     it is sharded."""
-    from torch.distributed.tensor import DTensor
-
     found = {}
     for name, p in model.named_parameters():
-        value = p.detach()
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if rank() == 0:
-            found[name] = whole.to("cpu", copy=True)
+        value = whole(p.detach())
+        if processes.rank_and_size()[0] == 0:
+            found[name] = value.to("cpu", copy=True)
     return found
 
 

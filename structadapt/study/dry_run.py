@@ -97,6 +97,11 @@ def model_of(name: str) -> tuple[nn.Module, Shape]:
 
 # From their published configs: a dry run needs no download.
 KNOWN = {
+    "smollm2": ("llama", {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    }),
     "Qwen/Qwen3-8B-Base": ("qwen3", {
         "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
@@ -120,12 +125,6 @@ def _config(name: str) -> Any:
     if name in KNOWN:
         kind, values = KNOWN[name]
         return AutoConfig.for_model(kind, **values)
-    if name == "smollm2":
-        return AutoConfig.for_model(
-            "llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-            num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
-            tie_word_embeddings=True,
-        )  # fmt: skip
     try:
         return AutoConfig.from_pretrained(name)
     except OSError as error:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from structadapt.spectra.drawing import COLOURS, DASHES, GREY, new_figure, written
+from structadapt.study.cell import RULES
 from structadapt.study.statistics import (
-    POWERS,
     Limits,
     Row,
     by_scaling,
@@ -129,7 +129,7 @@ def first_kl(rows: Sequence[Row], limits: Limits | None, path: Path) -> Path | N
 def batches(rows: Sequence[Row], path: Path) -> Path | None:
     """Accuracy against batch size, a panel for each rule of the learning rate."""
     sizes = sorted({row["batch"] for row in rows})
-    rules = [rule for rule in POWERS if any(row["lr_rule"] == rule for row in rows)]
+    rules = [rule for rule in RULES if any(row["lr_rule"] == rule for row in rows)]
     if len(sizes) < 2:
         return None
     figure = new_figure(4.2 * len(rules) + 1.6, 3.8)

@@ -18,8 +18,9 @@ import torch
 import structadapt as sa
 from structadapt.examples.process import StepLog, peak_memory_mib
 from structadapt.files import locked, write_atomically
+from structadapt.grpo import processes
 from structadapt.study import distributed, folders, sft, tasks
-from structadapt.study.cell import Cell, config
+from structadapt.study.cell import Cell, config, digest
 from structadapt.study.distributed import StoppedError
 
 FALL = 10.0  # accuracy at the start over that at the end, from which a run has collapsed
@@ -44,7 +45,7 @@ def run(
     What the run raises is written to error.json and raised again. Raises StoppedError if `stop`
     says so; ValueError for a folder that holds another cell.
     """
-    first = distributed.rank() == 0
+    first = processes.rank_and_size()[0] == 0
     if first:
         folders.note(cell, folder)
     if (done := folders.read(folder / folders.SUMMARY)) is not None:
@@ -67,7 +68,7 @@ def run(
 
 
 def _run(cell: Cell, folder: Path, stop: Stop, tell: Tell, save: bool) -> dict[str, Any]:
-    began, first = time.perf_counter(), distributed.rank() == 0
+    began, first = time.perf_counter(), processes.rank_and_size()[0] == 0
     task = tasks.task_of(cell)
     bases = folder.parents[1] / folders.BASES
     base = tasks.load(cell, bases)
@@ -142,7 +143,7 @@ def _before(cell: Cell, base: tasks.Base, task: tasks.Task, bases: Path) -> dict
     names = ("model", "task", "data", "min_difficulty", "cold_start", "problems", "samples", "seed",
              "dtype", "new_tokens", "grpo")  # fmt: skip
     key = {name: getattr(cell, name) for name in names}
-    path = bases / f"before-{tasks.digest(key)}.json"
+    path = bases / f"before-{digest(key)}.json"
     bases.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f".{path.name}.lock")):
         if not path.exists():
@@ -186,7 +187,7 @@ def _follow(
     """Every step's record, written as it comes, and what ended the run before its time if it
     diverged. Raises StoppedError."""
     log, total = StepLog(folder / folders.STEPS), math.ceil(prompts / cell.batch)
-    first = distributed.rank() == 0
+    first = processes.rank_and_size()[0] == 0
     try:
         for record in found:
             if first:
@@ -195,7 +196,7 @@ def _follow(
             if _is_absorbed(record) and cell.stop_absorbed:
                 break
             done = record["step"] + 1
-            if done < total and distributed.agreed(stop()):
+            if done < total and processes.any_of(stop()):
                 raise StoppedError(f"{cell.id} after step {done} of {total}")
     except FloatingPointError as error:  # not finite: a gradient, or the logits
         return log.records, str(error)

@@ -9,7 +9,8 @@ from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
-from structadapt.study.cell import NO_FIGURE, OPTIONS, Cell
+from structadapt.adapters import LoRA
+from structadapt.study.cell import NO_FIGURE, OPTIONS, Cell, rate_by
 
 Row = dict[str, Any]
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom
@@ -118,7 +119,6 @@ def two_digits(value: float, towards: Callable[[float], int]) -> float:
 
 Scaling = tuple[float | str, str]  # (alpha or "2r", how the scale comes of it)
 PAPER: Scaling = ("2r", "alpha/r")
-POWERS = {"fixed": 0.0, "sqrt": 0.5, "linear": 1.0}  # of the batch size in the learning rate
 
 
 def setting(row: Row) -> str:
@@ -154,8 +154,7 @@ def in_words(scaling: Scaling) -> str:
 def scale_by(scaling: Scaling, rank: int) -> float:
     """The scale that a rule gives a rank."""
     alpha, how = scaling
-    alpha = 2.0 * rank if isinstance(alpha, str) else alpha
-    return alpha / {"alpha/r": rank, "alpha/sqrt(r)": math.sqrt(rank), "constant": 1}[how]
+    return LoRA(rank, 2.0 * rank if isinstance(alpha, str) else alpha, how).scale
 
 
 def with_scaling(rows: Iterable[Row], scaling: Scaling) -> list[Row]:
@@ -172,6 +171,7 @@ def by_scaling(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def following(rows: Iterable[Row], lr: float, rule: str, lr_batch: int) -> list[Row]:
     """The runs whose rate is the one that a rule makes of `lr` at `lr_batch` prompts a step."""
-    return [r for r in rows if math.isclose(
-        r["rate"], lr * (r["batch"] / lr_batch) ** POWERS[rule], rel_tol=1e-6
-    )]  # fmt: skip
+    return [
+        r for r in rows
+        if math.isclose(r["rate"], rate_by(rule, lr, r["batch"], lr_batch), rel_tol=1e-6)
+    ]  # fmt: skip

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Callable, Iterable, Sequence
 
+from structadapt.study.cell import RULES
 from structadapt.study.claims import BATCHES, PAPER_R64
 from structadapt.study.statistics import (
-    POWERS,
     Limits,
     Row,
     by_scaling,
@@ -64,7 +64,7 @@ def by_batch(rows: Sequence[Row]) -> Table:
             *("trains on" * (s in paper) for s in sizes),
         ],
     ]
-    rules = [rule for rule in POWERS if any(row["lr_rule"] == rule for row in rows)]
+    rules = [rule for rule in RULES if any(row["lr_rule"] == rule for row in rows)]
     bases = grouped(rows, lambda row: (whole_setting(row), row["lr"], row["lr_batch"]))
     for rule in rules:
         for name, lr, base in bases:

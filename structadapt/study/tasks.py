@@ -1,10 +1,9 @@
 """What the cells of a study train: a base model that is loaded or cold-started, and its task."""
 
-import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -178,16 +177,8 @@ def _cold_start(model: tiny_lm.TinyLM, cell: Cell) -> dict[str, Any]:
 def accuracy(base: Base, task: Task, cell: Cell, context: Any) -> dict[str, Any]:
     """Greedy and sampled, with their 95 % intervals, on the held-out problems."""
     how = config(cell, base.eos, base.pad, task.new_tokens)
-    found: dict[str, Any] = {"problems": len(task.held_out), "samples": cell.samples}
-    for kind in ("greedy", "sampled"):
-        seen = sa.grpo.evaluate(
-            base.model, task.held_out, task.reward, how, greedy=kind == "greedy",
-            samples=1 if kind == "greedy" else cell.samples, tokenizer=base.tokenizer,
-            rollout_context=context, seed=cell.seed, batch_size=256,
-        )  # fmt: skip
-        found |= {k: v for k, v in asdict(seen).items() if k == "faults" and v}
-        found |= {kind: seen.mean, f"{kind}_interval": [seen.low, seen.high]}
-    return found
+    same = {"tokenizer": base.tokenizer, "rollout_context": context}
+    return smollm.accuracy(base.model, task.held_out, task.reward, how, same, cell.samples)
 
 
 def sampled(base: Base, task: Task, cell: Cell, problems: int) -> float:
@@ -197,8 +188,3 @@ def sampled(base: Base, task: Task, cell: Cell, problems: int) -> float:
         base.model, task.held_out[:problems], task.reward, how, tokenizer=base.tokenizer,
         seed=cell.seed,
     ).mean  # fmt: skip
-
-
-def digest(content: Any) -> str:
-    """A short name for a JSON value."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
