@@ -15,7 +15,6 @@ optimizer steps on each rollout as `structadapt grpo` does, test them.
 import argparse
 import copy
 import json
-import platform
 import random
 import sys
 import time
@@ -25,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 
 import structadapt as sa
@@ -186,8 +186,8 @@ def fill(path: Path, cases: list[tuple[str, float, int, Protocol]]) -> None:
     results["protocols"] = {case[3].name: asdict(case[3]) for case in cases}
     results["adapters"] = {name: repr(adapter) for name, adapter in SETTINGS.items()}
     results["optimizer"] = "AdamW, constant learning rate, no weight decay, gradient norm 1.0"
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    results["versions"] = versions | {"threads": torch.get_num_threads()}
+    results.pop("versions", None)  # where files had them before there was a machine's record
+    results["machine"] = machine.record(("torch",)) | {"threads": torch.get_num_threads()}
     there = {key(row) for row in results["rows"]}
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, lr, seed, protocol in cases:
