@@ -7,6 +7,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads woul
 
 import pytest
 import torch
+from every_adapter import ADAPTERS
 from hypothesis import settings
 from torch import nn
 
@@ -14,20 +15,6 @@ import structadapt as sa
 
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")
-
-# Every adapter with every way to start or scale it. A new adapter is one more line.
-ADAPTERS = (
-    sa.LoRA(rank=3, alpha=5.0),
-    sa.LoRA(rank=3, alpha=5.0, scaling="alpha/sqrt(r)"),
-    sa.LoRA(rank=2, alpha=0.5, scaling="constant"),
-    sa.LoRA(rank=40),
-    sa.DoRA(rank=3, alpha=5.0),
-    sa.QuanTA(axes=3),
-    sa.QuanTA(axes=3, init="paper"),
-    sa.QuanTA(axes=3, init="zero_last"),
-    sa.QuanTA(axes=4),
-    sa.QuanTA(axes=5, init="paper"),
-)
 
 
 def pytest_generate_tests(metafunc):
