@@ -17,7 +17,7 @@ from torch import nn
 import structadapt as sa
 from structadapt import cli
 from structadapt.examples import grpo as grpo_example
-from structadapt.examples import show, tiny_lm
+from structadapt.examples import monitoring, show, tiny_lm
 from structadapt.examples.grpo import collapsed_at
 from structadapt.grpo import trial
 
@@ -270,8 +270,9 @@ def told(out):
     for row in summary["spectra"]:
         del row["seconds"]
     files = [out / "adapter.safetensors", out / "model.safetensors"]
-    weights = [file.read_bytes() for file in files if file.exists()]
-    return weights, summary, [{k: v for k, v in s.items() if k not in times} for s in lines]
+    files.append(out / "monitor.jsonl")
+    written = [file.read_bytes() for file in files if file.exists()]
+    return written, summary, [{k: v for k, v in s.items() if k not in times} for s in lines]
 
 
 @pytest.mark.slow
@@ -298,6 +299,32 @@ def test_a_killed_run_goes_on_with_the_same_command(tmp_path, capsys):
     assert sum(step["updates"] for step in told(out)[2]) > 20
     assert call("grpo", *options, "--out", out) == 2
     assert "its run is finished" in capsys.readouterr().err
+
+
+def test_readings_are_appended_also_to_a_torn_file(net, ids, tmp_path):
+    model, path = sa.adapt(net, sa.LoRA(rank=2)), tmp_path / "monitor.jsonl"
+    monitor = sa.spectra.Monitor(model, every=1)
+
+    def steps(log, count):
+        for _ in range(count):
+            monitor.step()
+            log.write()
+
+    log = monitoring.ReadingLog(monitor, path)
+    log.write()
+    assert not path.exists(), "nothing was read yet"
+    steps(log, 3)
+    saved, before = monitor.state_dict(), path.read_text()
+    steps(log, 2)
+    whole = path.read_text()
+    assert whole.startswith(before) and whole.count("\n") == 5
+    # What another process finds: a step more than the state knows, or half of one less.
+    for left in (whole, whole[:-9], before[:-9], ""):
+        path.write_text(left)
+        monitor = sa.spectra.Monitor(model, every=1)
+        monitor.load_state_dict(saved)
+        steps(monitoring.ReadingLog(monitor, path), 2)
+        assert path.read_text() == whole
 
 
 def test_collapse_in_words():

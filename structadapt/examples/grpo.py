@@ -216,22 +216,23 @@ class Run:
         )
         self._states.reopen()  # here summary.json says what is finished
         log, failure = StepLog(self.out / "metrics.jsonl"), None
+        readings = monitoring.ReadingLog(monitor, self.out / "monitor.jsonl")
         try:
             while not interrupted() and (record := next(run, None)) is not None:
                 look = (record.step + 1) % EVAL_EVERY == 0 or record.step + 1 == total
                 held_out = self._sampled() if look else None
                 log.add({**asdict(record), "held_out": held_out})
+                readings.write()
                 progress.step(log.records[-1], total)
                 if look or interrupted():
-                    self._save(monitor)
+                    self._save()
         except FloatingPointError as error:  # not finite: a gradient, or the logits
             failure = str(error)
-        monitoring.write(monitor, self.out)
+        readings.write()
         progress.close()
         return log.records, failure
 
-    def _save(self, monitor: sa.spectra.Monitor | None = None) -> None:
-        monitoring.write(monitor, self.out)
+    def _save(self) -> None:
         if self.adapter is not None:
             sa.save(self.model, self.out / "adapter.safetensors")
         else:
