@@ -151,18 +151,15 @@ def run(args: argparse.Namespace, adapter: Adapter) -> dict[str, Any]:
         model, optimizer, prompts, first_number, config, checkpoints=checkpoints, **same
     )
     loaded = time.perf_counter()
-
-    def look() -> dict[str, Any]:
-        return accuracy(model, held_out, first_number, config, SAMPLES, batch_size=256, **same)
-
-    before = look()
+    asked = model, held_out, first_number, config, SAMPLES
+    before = accuracy(*asked, batch_size=256, **same)
     say(args, f"before: greedy {before['greedy']:.3f}, sampled {before['sampled']:.3f}")
     looked = time.perf_counter()
     records, failure = follow(steps, args)
     sa.save(model, args.out / "adapter.safetensors")
     trained = time.perf_counter()
     whole = len(records) == args.steps
-    after = look() if whole else None
+    after = accuracy(*asked, batch_size=256, **same) if whole else None
     evaluation = looked - loaded + time.perf_counter() - trained
     return {
         "adapter": repr(adapter),
