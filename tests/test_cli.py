@@ -448,31 +448,18 @@ def test_a_mistake_with_preflight_is_one_line_too(arguments, words, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_the_example_learns_with_dora(tmp_path, capsys):
-    assert call("grpo", "--adapter", "dora", "--json", "--out", tmp_path / "run") == 0
+@pytest.mark.parametrize(
+    "options", [["--adapter", "dora"], ["--rank", 256, "--alpha", 16]], ids=["dora", "rank 256"]
+)
+def test_a_quarter_of_the_prompts_is_enough_to_learn(options, tmp_path, capsys):
+    assert call("grpo", *options, "--prompts", 2048, "--json", "--out", tmp_path / "run") == 0
     summary = json.loads(capsys.readouterr().out)
-    assert 0.15 < summary["before"]["sampled"] < 0.35
-    assert summary["after"]["sampled"] >= 0.70 and summary["after"]["greedy"] >= 0.80
-    assert summary["collapsed_at"] is None and summary["steps"] == 128
+    assert summary["collapsed_at"] is None and summary["steps"] == 32
     assert math.isfinite(summary["peak_memory_mib"])
-
-
-@pytest.mark.slow
-def test_rank_256_collapses_at_alpha_2r_and_not_at_alpha_16(tmp_path, capsys):
-    options = ["--rank", 256, "--alpha", 512, "--prompts", 1024]
-    assert call("grpo", *options, "--out", tmp_path / "512") == 0
-    out, err = capsys.readouterr()
-    summary = json.loads((tmp_path / "512" / "summary.json").read_text())
-    assert summary["after"]["greedy"] == summary["after"]["sampled"] == 0.0
-    assert summary["collapsed_at"] is not None and summary["dead_steps"]
-    assert f"Collapsed at step {summary['collapsed_at']}" in out
-    assert "gradient is exactly zero" in out and "are exactly zero" in err
-    options = ["--rank", 256, "--alpha", 16, "--prompts", 2048]
-    assert call("grpo", *options, "--out", tmp_path / "16") == 0
-    assert "Collapsed" not in capsys.readouterr().out
-    summary = json.loads((tmp_path / "16" / "summary.json").read_text())
-    assert summary["collapsed_at"] is None
-    assert summary["after"]["sampled"] > summary["before"]["sampled"] + 0.1
+    before, after = summary["before"], summary["after"]
+    assert 0.15 < before["sampled"] < 0.35
+    for kind in ("greedy", "sampled"):
+        assert after[kind] > before[kind] + 0.15
 
 
 # -- spectra ---------------------------------------------------------------------------------------
