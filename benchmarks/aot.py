@@ -9,9 +9,13 @@ The library's own launch functions run on CPU tensors with a stand-in driver: wh
 is specialised, compiled and assembled as on a device, and nothing runs. A kernel passes with no
 stack, no spills, shared memory within the limit, the matrix instructions of its architecture, and
 at most 10 % more registers than the committed table says. One process for each architecture.
+
+To disassemble takes half the time, so code whose digest is in the committed table is not read
+again; with --write all of it is.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -34,9 +38,9 @@ Record = dict[str, Any]
 # -- the stand-in driver ---------------------------------------------------------------------------
 
 
-def pretend(arch: int) -> tuple[list[Record], list[None]]:
+def pretend(arch: int, known: dict[str, Record]) -> tuple[list[Record], list[None]]:
     """Install a driver without a device; the lists get a record for every kernel compiled, and an
-    item for every launch."""
+    item for every launch. known: what is in code, by its digest."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
@@ -52,8 +56,11 @@ def pretend(arch: int) -> tuple[list[Record], list[None]]:
             }  # fmt: skip
 
         def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[int, ...]:
-            record = read(tools, name, cubin)
-            log.append({"kernel": name, "shared": shared, **record})
+            code = hashlib.sha256(cubin).hexdigest()[:16]
+            if code not in known:
+                known[code] = read(tools, name, cubin)
+            record = known[code]
+            log.append({"kernel": name, "shared": shared, **record, "code": code})
             return 1, 1, record["registers"], record["stack"] // 4, 1024
 
         def unload_module(self, module: Any) -> None: ...
@@ -84,6 +91,7 @@ def pretend(arch: int) -> tuple[list[Record], list[None]]:
 
 
 def read(tools: Path, name: str, cubin: bytes) -> Record:
+    """Registers, stack and instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -101,16 +109,23 @@ def read(tools: Path, name: str, cubin: bytes) -> Record:
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))
 
-    return {
-        "registers": int(found[1]),
-        "stack": int(found[2]),
-        "spills": count(r"\b(?:LDL|STL)\b"),
-        "HMMA": count(r"\bHMMA"),
-        "HGMMA": count(r"\bHGMMA"),
-        "UTCHMMA": count(r"\bUTC\w*MMA"),
-        "wide_loads": count(r"\b(?:LDG|LDGSTS)[.\w]*\.128"),
-        "tma_loads": count(r"\bUTMALDG"),
-    }
+    counted = {name: count(pattern) for name, pattern in INSTRUCTIONS.items()}
+    return {"registers": int(found[1]), "stack": int(found[2]), **counted}
+
+
+INSTRUCTIONS = {
+    "spills": r"\b(?:LDL|STL)\b",
+    "HMMA": r"\bHMMA",
+    "HGMMA": r"\bHGMMA",
+    "UTCHMMA": r"\bUTC\w*MMA",
+    "wide_loads": r"\b(?:LDG|LDGSTS)[.\w]*\.128",
+    "tma_loads": r"\bUTMALDG",
+}
+READ = ("registers", "stack", *INSTRUCTIONS)  # the keys of what `read` returns
+
+
+def committed() -> list[Record]:
+    return json.loads(RESULTS.read_text())["kernels"] if RESULTS.is_file() else []
 
 
 # -- the cases -------------------------------------------------------------------------------------
@@ -294,11 +309,11 @@ def logprob_cases(arch: int) -> dict[str, Any]:
     return found
 
 
-def compile_all(arch: int, only: str) -> list[Record]:
+def compile_all(arch: int, only: str, known: dict[str, Record]) -> list[Record]:
     from structadapt.kernels import _launch
 
     _launch.architecture = lambda device: arch  # type: ignore[assignment]
-    log, launches = pretend(arch)
+    log, launches = pretend(arch, known)
     records = []
     for name, call in cases(arch).items():
         if only in name:
@@ -327,7 +342,7 @@ HELPERS = ("sum_parts_kernel", "digits_kernel", "matrix_kernel")  # launched by 
 MATRIX_KERNELS = ("gemm", "narrow", "over_rows", "dy_pass", "dora_norm", "gate", "chain")
 
 
-def faults(record: Record, committed: dict[tuple[str, int], Record]) -> list[str]:
+def faults(record: Record, table: dict[tuple[str, int], Record]) -> list[str]:
     """What is wrong with one kernel."""
     if "error" in record:
         return [record["error"]]
@@ -338,7 +353,7 @@ def faults(record: Record, committed: dict[tuple[str, int], Record]) -> list[str
         found.append(f"{record['shared']} bytes of shared memory, over {SHARED[arch]}")
     if record["kernel"].startswith(MATRIX_KERNELS) and not record[MATRIX[arch]]:
         found.append(f"no {MATRIX[arch]}")
-    known = committed.get((record["case"], arch))
+    known = table.get((record["case"], arch))
     if known is None:
         found.append("not in the committed table: run with --write")
     elif record["registers"] > 1.1 * known["registers"]:
@@ -372,15 +387,19 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print the committed table")
     options = parser.parse_args()
     if options.table:
-        print(summary(json.loads(RESULTS.read_text())["kernels"]))
+        print(summary(committed()))
         return 0
     if options.one:
-        json.dump(compile_all(options.one, options.only), sys.stdout)
+        stored = [] if options.write else committed()
+        known = {r["code"]: {k: r[k] for k in READ} for r in stored if "code" in r}
+        json.dump(compile_all(options.one, options.only, known), sys.stdout)
         return 0
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    # Lines and paths of the source in the code would make its digest that of this folder.
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DISABLE_LINE_INFO": "1"}
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, "--one", str(arch), "--only", options.only],
+            [sys.executable, __file__, "--one", str(arch), "--only", options.only,
+             *["--write"] * options.write],
             stdout=subprocess.PIPE, text=True, env=environment,
         )
         for arch in options.arch
@@ -395,11 +414,10 @@ def main() -> int:
 
     if options.write:
         RESULTS.write_text(json.dumps({"triton": triton.__version__, "kernels": records}, indent=1))
-    stored = json.loads(RESULTS.read_text())["kernels"] if RESULTS.is_file() else []
-    committed = {(r["case"], r["arch"]): r for r in stored if "error" not in r}
+    table = {(r["case"], r["arch"]): r for r in committed() if "error" not in r}
     bad = 0
     for record in records:
-        wrong = faults(record, committed)
+        wrong = faults(record, table)
         bad += bool(wrong)
         if "error" not in record:
             print(

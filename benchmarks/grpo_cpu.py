@@ -34,8 +34,6 @@ rest      What lies between.
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import statistics
 import sys
@@ -43,11 +41,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 from torch import nn
 
@@ -317,18 +314,11 @@ CONTESTANTS: dict[str, Callable[[Case, Path], Timing]] = {
 
 
 def measure(cases: dict[str, Case], shared: bool) -> dict[str, Any]:
-    libraries = ("structadapt", "torch", "transformers", "trl", "accelerate")
+    here = machine.record(("structadapt", "torch", "transformers", "trl", "accelerate"))
+    here["capability"] = torch.backends.cpu.get_cpu_capability()
+    here["shared_with_other_programs"] = shared
     return {
-        "machine": {
-            "processor": platform.machine(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(),
-            "system": platform.system(),
-            "python": platform.python_version(),
-            "date": date.today().isoformat(),
-            "shared_with_other_programs": shared,
-        },
-        "versions": {name: version(name) for name in libraries},
+        "machine": here,
         "cases": {name: measure_case(name, case) for name, case in cases.items()},
     }
 

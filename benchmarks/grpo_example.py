@@ -9,14 +9,13 @@ Nothing else should run on the machine meanwhile: the seconds are part of the re
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+import machine
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "grpo_example.json"
 SEEDS = (0, 1, 2)
@@ -53,13 +52,7 @@ def measure(smoke: bool) -> dict[str, Any]:
                 result["config"]["settings"].pop("out")
                 runs.append({"setting": name, "seed": seed, **result})
                 print(f"{name}, seed {seed}: {result['after']['sampled']:.3f}", file=sys.stderr)
-    machine = {
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "date": date.today().isoformat(),
-    }
-    return {"machine": machine, "runs": runs}
+    return {"machine": machine.record(("structadapt", "torch")), "runs": runs}
 
 
 def table(results: dict[str, Any]) -> str:

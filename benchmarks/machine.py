@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def record(packages: Iterable[str]) -> dict[str, Any]:
-    """Processor, cores, system, date, commit and versions; None for a package that is not here."""
+    """Processor, cores, system, date, commit and versions, None for a package that is not here."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=ROOT, capture_output=True, text=True,
@@ -27,7 +27,10 @@ def record(packages: Iterable[str]) -> dict[str, Any]:
         "system": platform.system(),
         "date": date.today().isoformat(),
         "commit": git.stdout.strip(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in packages},
+        },
     }
 
 

@@ -19,15 +19,14 @@ Check, step and low take turns, and the ratios are medians over the rounds.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import machine
 import torch
 from torch import Tensor, nn
 
@@ -160,9 +159,7 @@ def main() -> None:
                   key=lambda r: list(ADAPTERS).index(r["adapter"]))  # fmt: skip
     results = {
         "rows": rows, "blocks": BLOCKS, "tokens": TOKENS, "dtype": "float32",
-        "date": date.today().isoformat(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version(),
-                     "threads": torch.get_num_threads()},
+        "machine": machine.record(("torch",)) | {"threads": torch.get_num_threads()},
     }  # fmt: skip
     print(table(results))
     if not args.smoke:

@@ -17,7 +17,6 @@ eight steps in a row is stopped there.
 import argparse
 import copy
 import json
-import platform
 import random
 import sys
 import time
@@ -25,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import machine
 import safetensors.torch
 import torch
 
@@ -140,8 +140,8 @@ def rounded(value: float) -> float:
 def fill(path: Path, names: list[str], count: int, cold: float, limit: int, kept: Any) -> int:
     """Run what is not there yet, writing after every run; how many are left."""
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": []}
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    results["versions"] = versions | {"threads": torch.get_num_threads()}
+    results.pop("versions", None)  # where files had them before there was a machine's record
+    results["machine"] = machine.record(("torch",)) | {"threads": torch.get_num_threads()}
     there = {(r["setting"], r["seed"]) for r in results["runs"]}
     cases = [(name, seed) for seed in SEEDS for name in names]
     missing = [case for case in cases if case not in there]

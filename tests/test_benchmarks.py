@@ -7,28 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import adapters_cpu as benchmark
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "benchmarks" / "adapters_cpu.py"
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("adapters_cpu", SCRIPT)
-    module = sys.modules["adapters_cpu"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["adapters_cpu"]
-
-
 @needs_peft
-def test_adapters_cpu_runs(benchmark, tmp_path):
+def test_adapters_cpu_runs(tmp_path):
     """In a process of its own: it sets the number of threads, and PEFT warns when imported."""
     out = tmp_path / "smoke.json"
-    subprocess.run([sys.executable, SCRIPT, "--smoke", "--out", out], check=True)
+    subprocess.run([sys.executable, benchmark.__file__, "--smoke", "--out", out], check=True)
     results = json.loads(out.read_text())
     assert [case["adapter"] for case in results["cases"]] == ["LoRA", "DoRA", "QuanTA"]
     for case in results["cases"]:
@@ -39,7 +30,7 @@ def test_adapters_cpu_runs(benchmark, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["LoRA", "DoRA", "QuanTA"])
-def test_a_wrong_provider_is_refused(benchmark, name):
+def test_a_wrong_provider_is_refused(name):
     case = benchmark.Case(name, 64, "bf16")
     right = benchmark.Subject("right", case, benchmark.data(case), benchmark.ours)
     right.train()
@@ -50,7 +41,7 @@ def test_a_wrong_provider_is_refused(benchmark, name):
         right.check()
 
 
-def test_a_detached_tensor_is_refused(benchmark):
+def test_a_detached_tensor_is_refused():
     case = benchmark.Case("LoRA", 64, "bf16")
     subject = benchmark.Subject("forgetful", case, benchmark.data(case), benchmark.ours)
     subject.train()
@@ -59,13 +50,13 @@ def test_a_detached_tensor_is_refused(benchmark):
         subject.check()
 
 
-def test_memory_counts_what_lives(benchmark):
+def test_memory_counts_what_lives():
     kept, changes = benchmark.allocations(lambda: torch.zeros(1024).neg().exp())
     assert kept.shape == (1024,)
     assert sum(changes) == 4096 and benchmark.largest_sum(changes) == 8192
 
 
-def test_a_target_is_met_or_not(benchmark):
+def test_a_target_is_met_or_not():
     def times(*ms):
         return {"init": 0.0, "step": {"wall_ms": ms}, "decode": {"wall_ms": ms}, "held": 0}
 
@@ -81,6 +72,6 @@ def test_a_target_is_met_or_not(benchmark):
     assert verdicts(1.1, 1.1, 1.1)[3:] == [" |", "yes |", " |", "yes |"]
 
 
-def test_the_table_is_the_committed_measurement(benchmark):
+def test_the_table_is_the_committed_measurement():
     table = benchmark.table(json.loads(benchmark.RESULTS.read_text()))
     assert f"\n\n{table}\n\n" in (ROOT / "docs" / "adapters.md").read_text()

@@ -17,7 +17,7 @@ from torch import nn
 import structadapt as sa
 from structadapt import cli
 from structadapt.examples import grpo as grpo_example
-from structadapt.examples import show, tiny_lm
+from structadapt.examples import monitoring, show, tiny_lm
 from structadapt.examples.grpo import collapsed_at
 from structadapt.grpo import trial
 
@@ -270,8 +270,9 @@ def told(out):
     for row in summary["spectra"]:
         del row["seconds"]
     files = [out / "adapter.safetensors", out / "model.safetensors"]
-    weights = [file.read_bytes() for file in files if file.exists()]
-    return weights, summary, [{k: v for k, v in s.items() if k not in times} for s in lines]
+    files.append(out / "monitor.jsonl")
+    written = [file.read_bytes() for file in files if file.exists()]
+    return written, summary, [{k: v for k, v in s.items() if k not in times} for s in lines]
 
 
 @pytest.mark.slow
@@ -298,6 +299,32 @@ def test_a_killed_run_goes_on_with_the_same_command(tmp_path, capsys):
     assert sum(step["updates"] for step in told(out)[2]) > 20
     assert call("grpo", *options, "--out", out) == 2
     assert "its run is finished" in capsys.readouterr().err
+
+
+def test_readings_are_appended_also_to_a_torn_file(net, ids, tmp_path):
+    model, path = sa.adapt(net, sa.LoRA(rank=2)), tmp_path / "monitor.jsonl"
+    monitor = sa.spectra.Monitor(model, every=1)
+
+    def steps(log, count):
+        for _ in range(count):
+            monitor.step()
+            log.write()
+
+    log = monitoring.ReadingLog(monitor, path)
+    log.write()
+    assert not path.exists(), "nothing was read yet"
+    steps(log, 3)
+    saved, before = monitor.state_dict(), path.read_text()
+    steps(log, 2)
+    whole = path.read_text()
+    assert whole.startswith(before) and whole.count("\n") == 5
+    # What another process finds: a step more than the state knows, or half of one less.
+    for left in (whole, whole[:-9], before[:-9], ""):
+        path.write_text(left)
+        monitor = sa.spectra.Monitor(model, every=1)
+        monitor.load_state_dict(saved)
+        steps(monitoring.ReadingLog(monitor, path), 2)
+        assert path.read_text() == whole
 
 
 def test_collapse_in_words():
@@ -421,31 +448,18 @@ def test_a_mistake_with_preflight_is_one_line_too(arguments, words, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_the_example_learns_with_dora(tmp_path, capsys):
-    assert call("grpo", "--adapter", "dora", "--json", "--out", tmp_path / "run") == 0
+@pytest.mark.parametrize(
+    "options", [["--adapter", "dora"], ["--rank", 256, "--alpha", 16]], ids=["dora", "rank 256"]
+)
+def test_a_quarter_of_the_prompts_is_enough_to_learn(options, tmp_path, capsys):
+    assert call("grpo", *options, "--prompts", 2048, "--json", "--out", tmp_path / "run") == 0
     summary = json.loads(capsys.readouterr().out)
-    assert 0.15 < summary["before"]["sampled"] < 0.35
-    assert summary["after"]["sampled"] >= 0.70 and summary["after"]["greedy"] >= 0.80
-    assert summary["collapsed_at"] is None and summary["steps"] == 128
+    assert summary["collapsed_at"] is None and summary["steps"] == 32
     assert math.isfinite(summary["peak_memory_mib"])
-
-
-@pytest.mark.slow
-def test_rank_256_collapses_at_alpha_2r_and_not_at_alpha_16(tmp_path, capsys):
-    options = ["--rank", 256, "--alpha", 512, "--prompts", 1024]
-    assert call("grpo", *options, "--out", tmp_path / "512") == 0
-    out, err = capsys.readouterr()
-    summary = json.loads((tmp_path / "512" / "summary.json").read_text())
-    assert summary["after"]["greedy"] == summary["after"]["sampled"] == 0.0
-    assert summary["collapsed_at"] is not None and summary["dead_steps"]
-    assert f"Collapsed at step {summary['collapsed_at']}" in out
-    assert "gradient is exactly zero" in out and "are exactly zero" in err
-    options = ["--rank", 256, "--alpha", 16, "--prompts", 2048]
-    assert call("grpo", *options, "--out", tmp_path / "16") == 0
-    assert "Collapsed" not in capsys.readouterr().out
-    summary = json.loads((tmp_path / "16" / "summary.json").read_text())
-    assert summary["collapsed_at"] is None
-    assert summary["after"]["sampled"] > summary["before"]["sampled"] + 0.1
+    before, after = summary["before"], summary["after"]
+    assert 0.15 < before["sampled"] < 0.35
+    for kind in ("greedy", "sampled"):
+        assert after[kind] > before[kind] + 0.15
 
 
 # -- spectra ---------------------------------------------------------------------------------------

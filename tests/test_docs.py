@@ -68,13 +68,11 @@ def program(page):
 
 
 @pytest.fixture
-def alone(tmp_path, monkeypatch):
+def alone(tmp_path, monkeypatch, one_thread):
     """A folder to work in, one thread, and no adapter that a page defines left behind."""
     monkeypatch.chdir(tmp_path)
-    known, threads = dict(Adapter.registry), torch.get_num_threads()
-    torch.set_num_threads(1)
+    known = dict(Adapter.registry)
     yield tmp_path
-    torch.set_num_threads(threads)
     Adapter.registry.clear()
     Adapter.registry.update(known)
 

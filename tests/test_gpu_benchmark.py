@@ -60,6 +60,7 @@ def results(out):
 # -- a whole run -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_part_and_every_kernel(results):
     assert results["smoke"] and "not a measurement" in results["about"]
     assert {key.split("/")[0] for key in results["cells"]} == PARTS
@@ -71,6 +72,7 @@ def test_every_part_and_every_kernel(results):
                for cell in results["cells"].values())  # fmt: skip
 
 
+@pytest.mark.slow
 def test_providers_and_their_numbers(results):
     wanted = {
         "lora": {"frozen", "ours", "ours cublas", "ours triton", "torch twin", "addmm", "compile"},
@@ -97,6 +99,7 @@ def test_providers_and_their_numbers(results):
         assert cell["predicted"]["step"] > 1 and cell["count"]["step"]["flops"] > 0
 
 
+@pytest.mark.slow
 def test_the_table_is_one_that_the_library_reads(results, out):
     table = json.loads((out / "table_smoke.json").read_text())
     assert table == results["table"]
@@ -106,6 +109,7 @@ def test_the_table_is_one_that_the_library_reads(results, out):
             assert entry["case"] and entry["tile"], kernel
 
 
+@pytest.mark.slow
 def test_a_second_run_has_nothing_to_do(out, results):
     begin = time.perf_counter()
     assert smoke(out).returncode == 0
@@ -359,6 +363,7 @@ def test_unused_time_goes_to_the_others(benchmark):
     assert 95 < shared.left <= 100
 
 
+@pytest.mark.slow
 def test_the_table_can_be_written_from_the_results(benchmark, results, tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     path.write_text(json.dumps(results))
@@ -446,6 +451,7 @@ def test_the_predicted_ratios(benchmark):
 # -- pictures --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_pictures_come_from_the_json(benchmark, out, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert (

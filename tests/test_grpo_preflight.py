@@ -1,7 +1,6 @@
 """Preflight says what the loop's first step will do, and leaves no trace."""
 
 import copy
-import importlib.util
 import json
 import random
 import subprocess
@@ -10,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import preflight_table as benchmark
 import pytest
 import torch
 from stopped_runs import noisy_reward
@@ -21,7 +21,6 @@ from structadapt.grpo.sizes import spectral_norm
 from structadapt.study.statistics import limits
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "benchmarks" / "preflight_table.py"
 CONFIG = sa.grpo.Config(eos_token_id=EOS, max_new_tokens=6, group_size=4, prompts_per_step=5)
 
 
@@ -316,20 +315,11 @@ def test_spectral_norm(shape, scale):
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("preflight_table", SCRIPT)
-    module = sys.modules["preflight_table"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["preflight_table"]
-
-
-@pytest.fixture(scope="module")
-def results(benchmark):
+def results():
     return json.loads(benchmark.RESULTS.read_text())
 
 
-def test_the_limits_are_those_of_the_measured_runs(benchmark, results):
+def test_the_limits_are_those_of_the_measured_runs(results):
     rows = [row for row in results["rows"] if row["protocol"] == "1 update"]
     assert len(rows) >= 40
     found = limits(benchmark.points(rows))
@@ -339,13 +329,13 @@ def test_the_limits_are_those_of_the_measured_runs(benchmark, results):
         assert verdict != ("safe" if row["collapsed"] else "will collapse"), row
 
 
-def test_the_documented_table_is_the_measured_one(benchmark, results):
+def test_the_documented_table_is_the_measured_one(results):
     text = (ROOT / "docs" / "preflight.md").read_text()
     assert f"\n\n{benchmark.table(results)}\n" in text
     assert f"\n\n{benchmark.conclusion(results)}\n\n" in text
 
 
-def test_every_measured_run_is_one_of_the_script_and_once(benchmark, results):
+def test_every_measured_run_is_one_of_the_script_and_once(results):
     keys = [benchmark.key(row) for row in results["rows"]]
     cases = {(p.name, seed, name, lr) for name, lr, seed, p in benchmark.cases()}
     assert len(keys) == len(set(keys)) and set(keys) <= cases
@@ -357,7 +347,7 @@ def test_every_measured_run_is_one_of_the_script_and_once(benchmark, results):
 def test_the_script_runs_and_goes_on(tmp_path):
     """In a process of its own: it sets the number of threads."""
     out = tmp_path / "smoke.json"
-    command = [sys.executable, SCRIPT, "--smoke", "--out", out]
+    command = [sys.executable, benchmark.__file__, "--smoke", "--out", out]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 2 and printed.count("\n| 1 |") == 2

@@ -25,13 +25,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 VOCABULARY = 29
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads cost more than these tiny products."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # threads cost more than these tiny products
 
 
 def llama(tie=False):

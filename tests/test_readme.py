@@ -1,6 +1,5 @@
 """The README's code runs, and its numbers are the measured ones."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -8,20 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpo_example
 import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
-
-
-def benchmark():
-    path = ROOT / "benchmarks" / "grpo_example.py"
-    spec = importlib.util.spec_from_file_location("grpo_example", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_block_is_of_a_kind_that_is_run():
@@ -54,34 +46,44 @@ def test_the_test_run_installs_and_tests_as_the_readme_says():
 
 
 @pytest.mark.slow
-def test_commands_run(tmp_path):
+@pytest.mark.parametrize("name", ["", "quanta", "collapse"])
+def test_commands_run(name, tmp_path):
+    """Those of a run that has a name, or the one that has none: a test each, so that two workers
+    share them."""
     commands = [c.split(" && ")[-1] for c in COMMANDS if "structadapt" in c.split(" && ")[-1]]
     assert commands[0] == "structadapt grpo" and len(commands) == 5
-    scripts = Path(sys.executable).parent
-    for command in commands:
-        subprocess.run(
-            [scripts / "structadapt", *shlex.split(command)[1:]], cwd=tmp_path, check=True
-        )
-    for run in (tmp_path / "runs").iterdir():
-        summary = json.loads((run / "summary.json").read_text())
-        assert sum(summary["seconds"].values()) > 0 and summary["peak_memory_mib"] > 0
-        assert 0.15 < summary["before"]["sampled"] < 0.35
-        if run.name == "collapse":
-            assert summary["after"]["greedy"] == summary["after"]["sampled"] == 0.0
-            assert summary["collapsed_at"] is not None
-        else:
-            assert summary["after"]["sampled"] >= 0.70 and summary["after"]["greedy"] >= 0.80
-            assert summary["collapsed_at"] is None and summary["steps"] == 128
+    named = [(re.findall(r"runs/(\w+)", command) or [""])[0] for command in commands]
+    assert {*named} == {"", "quanta", "collapse"}
+    program = Path(sys.executable).parent / "structadapt"
+    said = ""
+    for command, found in zip(commands, named, strict=True):
+        if found == name:
+            done = subprocess.run(
+                [program, *shlex.split(command)[1:]], cwd=tmp_path, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+            said += done.stdout + done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((run / "summary.json").read_text())
+    assert sum(summary["seconds"].values()) > 0 and summary["peak_memory_mib"] > 0
+    assert 0.15 < summary["before"]["sampled"] < 0.35 and summary["steps"] == 128
+    after = summary["after"]
+    if name == "collapse":
+        assert after["greedy"] == after["sampled"] == 0.0
+        assert summary["collapsed_at"] is not None and summary["dead_steps"]
+        assert f"Collapsed at step {summary['collapsed_at']}" in said
+        assert "gradient is exactly zero" in said and "are exactly zero" in said
+    else:
+        assert after["sampled"] >= 0.70 and after["greedy"] >= 0.80
+        assert summary["collapsed_at"] is None and "Collapsed" not in said
 
 
 def test_the_table_is_the_committed_measurement():
-    module = benchmark()
-    assert module.table(json.loads(module.RESULTS.read_text())) in README
+    assert grpo_example.table(json.loads(grpo_example.RESULTS.read_text())) in README
 
 
 @pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
-    module = benchmark()
-    results = module.measure(smoke=True)
-    assert len(results["runs"]) == len(module.SETTINGS)
-    assert all(name in module.table(results) for name in module.SETTINGS)
+    results = grpo_example.measure(smoke=True)
+    assert len(results["runs"]) == len(grpo_example.SETTINGS)
+    assert all(name in grpo_example.table(results) for name in grpo_example.SETTINGS)

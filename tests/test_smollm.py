@@ -126,17 +126,9 @@ def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
 # -- what the documents say ------------------------------------------------------------------------
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = sys.modules[f"{name}_script"] = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # for its dataclasses
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ["smollm", "grpo_cpu"])
 def test_the_table_is_the_committed_measurement(name):
-    module = script(name)
+    module = importlib.import_module(name)
     table = module.table(json.loads(module.RESULTS.read_text()))
     assert f"\n\n{table}\n" in (ROOT / "docs" / f"{name}.md").read_text()
 

@@ -1,13 +1,13 @@
 """The monitor: its numbers against singular value decompositions, its states against histories."""
 
 import copy
-import importlib.util
 import json
 import math
 import random
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import monitor_table
 import numpy as np
 import pytest
 import torch
@@ -523,12 +523,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_a_run_that_lived_but_lost_its_reward_is_named():
-    path = ROOT / "benchmarks" / "monitor_table.py"
-    spec = importlib.util.spec_from_file_location("monitor_table", path)
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
     runs = json.loads((ROOT / "docs" / "results" / "monitor.json").read_text())["runs"]
-    said = table.fates(runs)
+    said = monitor_table.fates(runs)
     assert "in 1 (LoRA r=256, lr 5e-4, seed 0: 0.23 to 0.04)" in said
     assert f"- {said}\n" in (ROOT / "docs" / "monitor.md").read_text()
-    assert table.fates([run for run in runs if "256" not in run["setting"]]).endswith("in 0.")
+    assert monitor_table.fates([run for run in runs if "256" not in run["setting"]]).endswith(
+        "in 0."
+    )

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch import nn
 
 import structadapt as sa
 from structadapt.adapters import Adapter
-from structadapt.examples import monitoring, show, tiny_lm
+from structadapt.examples import evaluating, monitoring, show, tiny_lm
 from structadapt.examples.options import (
     Settings,
     build_adapter,
@@ -164,14 +165,11 @@ class Run:
     # -- the stages --------------------------------------------------------------------------------
 
     def _cold_start(self, progress: show.Progress, interrupted: Callable[[], bool]) -> None:
-        def accuracy() -> float:
-            return self._evaluate("curve", CURVE_PROBLEMS).mean
-
         target, seed, reached = self.settings.cold_start, self.settings.seed, 0.0
         if target == 0:
             return
         lessons = tiny_lm.lessons(seed)
-        for step, loss, seen in tiny_lm.cold_start(self.model, accuracy, target, lessons):
+        for step, loss, seen in tiny_lm.cold_start(self.model, self._sampled, target, lessons):
             reached = reached if seen is None else seen
             progress.cold_start(step, loss, seen, target)
             if interrupted():
@@ -218,22 +216,23 @@ class Run:
         )
         self._states.reopen()  # here summary.json says what is finished
         log, failure = StepLog(self.out / "metrics.jsonl"), None
+        readings = monitoring.ReadingLog(monitor, self.out / "monitor.jsonl")
         try:
             while not interrupted() and (record := next(run, None)) is not None:
                 look = (record.step + 1) % EVAL_EVERY == 0 or record.step + 1 == total
-                held_out = self._evaluate("curve", CURVE_PROBLEMS).mean if look else None
+                held_out = self._sampled() if look else None
                 log.add({**asdict(record), "held_out": held_out})
+                readings.write()
                 progress.step(log.records[-1], total)
                 if look or interrupted():
-                    self._save(monitor)
+                    self._save()
         except FloatingPointError as error:  # not finite: a gradient, or the logits
             failure = str(error)
-        monitoring.write(monitor, self.out)
+        readings.write()
         progress.close()
         return log.records, failure
 
-    def _save(self, monitor: sa.spectra.Monitor | None = None) -> None:
-        monitoring.write(monitor, self.out)
+    def _save(self) -> None:
         if self.adapter is not None:
             sa.save(self.model, self.out / "adapter.safetensors")
         else:
@@ -250,28 +249,26 @@ class Run:
         adapted = find_adapted(self.model)  # not yet, in the cold start
         return sa.merged_if_exact(self.model) if adapted else contextlib.nullcontext()
 
-    def _evaluate(self, use: str, count: int, greedy: bool = False) -> sa.grpo.Evaluation:
+    def _evaluated(self, how: Callable[..., Any], use: str, count: int) -> Any:
+        """What `how` finds on some of the held-out problems; a use has its own."""
         held_out = tiny_lm.problems(random.Random(f"held out, {use}"), held_out=True)
-        return sa.grpo.evaluate(
+        return how(
             self.model,
             list(islice(held_out, count)),
             sa.grpo.exact_match,
             self.config,
-            greedy=greedy,
             tokenizer=tiny_lm.CharTokenizer(),
             rollout_context=self._rollout_context,
-            seed=self.settings.seed,
         )
 
+    def _sampled(self) -> float:
+        """Sampled accuracy, for the curve."""
+        how = partial(sa.grpo.evaluate, seed=self.settings.seed)
+        return self._evaluated(how, "curve", CURVE_PROBLEMS).mean
+
     def _accuracy(self) -> dict[str, Any]:
-        greedy, sampled = (self._evaluate("end", END_PROBLEMS, mode) for mode in (True, False))
-        return {
-            "greedy": greedy.mean,
-            "greedy_interval": [greedy.low, greedy.high],
-            "sampled": sampled.mean,
-            "sampled_interval": [sampled.low, sampled.high],
-            "problems": END_PROBLEMS,
-        }
+        """Accuracy, for the table."""
+        return self._evaluated(evaluating.accuracy, "end", END_PROBLEMS)
 
     def _describe(self) -> dict[str, Any]:
         return {

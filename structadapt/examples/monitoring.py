@@ -1,11 +1,15 @@
 """The spectral monitor in the example."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import structadapt as sa
+from structadapt.examples.process import append, read_log
+from structadapt.files import write_atomically
 
 
 def watch(model: nn.Module, every: int, full: bool) -> sa.spectra.Monitor | None:
@@ -13,10 +17,29 @@ def watch(model: nn.Module, every: int, full: bool) -> sa.spectra.Monitor | None
     return sa.spectra.Monitor(model, every, snapshots=full) if every else None
 
 
-def write(monitor: sa.spectra.Monitor | None, out: Path) -> None:
-    """Every reading so far to monitor.jsonl."""
-    if monitor is not None:
-        monitor.to_jsonl(out / "monitor.jsonl")
+@dataclass
+class ReadingLog:
+    """The readings of a monitor, a line of JSON each, also of a run that was stopped."""
+
+    monitor: sa.spectra.Monitor | None
+    path: Path
+    written: int | None = None  # readings; None: the file is as an earlier process left it
+
+    def write(self) -> None:
+        """Append the readings that are new. The first time, the file gets those of the monitor's
+        history, which may end before its own last lines or after them; of old readings the file
+        has more than the history."""
+        if self.monitor is None or not self.monitor.history:
+            return
+        readings = self.monitor.history
+        if self.written is None:
+            there = {record["step"]: record for record in read_log(self.path)}
+            records = [there.get(reading.step, reading.to_dict()) for reading in readings]
+            text = "".join(f"{json.dumps(record)}\n" for record in records)
+            write_atomically(self.path, text.encode())
+        else:
+            append(self.path, [reading.to_dict() for reading in readings[self.written :]])
+        self.written = len(readings)
 
 
 def history(monitor: sa.spectra.Monitor | None) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,13 @@ class StepLog:
             kept = "".join(f"{json.dumps(r)}\n" for r in self.records)
             write_atomically(self.path, kept.encode())
         self.records.append(record)
-        with open(self.path, "a") as file:
-            file.write(f"{strict(record)}\n")
+        append(self.path, [record])
+
+
+def append(path: Path, records: Iterable[Any]) -> None:
+    """A line of JSON for each record, at the end of a file."""
+    with open(path, "a") as file:
+        file.writelines(f"{strict(record)}\n" for record in records)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

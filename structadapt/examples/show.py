@@ -1,12 +1,19 @@
 """What the example prints and draws."""
 
-import math
 import sys
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from structadapt.spectra import plots
+from structadapt.spectra.drawing import COLOURS, new_figure, written
+
+OF_UPDATES = {  # measures of the monitor, and what the picture calls them
+    "relative_spectral": r"$s_1(\Delta W)\,/\,s_1(W)$",
+    "topk_energy": "energy of the first direction",
+    "of_null": "participation ratio / random",
+}
 NO_GRADIENT = (
     "\n{}, all rewards of every group are equal: every advantage and so the\n"
     "gradient is exactly zero, and nothing is learned."
@@ -175,59 +182,22 @@ def curves(
     """Draw reward and held-out accuracy over the steps, and below what the monitor saw, if there
     was one, to a PNG; returns a line to print."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        figure = new_figure(7, 7 if readings else 4)
     except ImportError:
         return "no picture: pip install 'structadapt[plot]' draws curves.png"
-    figure = Figure(figsize=(7, 7 if readings else 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes, *below = figure.subplots(2 if readings else 1, sharex=True, squeeze=False).flatten()
-    axes.plot(
-        [s["step"] for s in steps],
-        [s["reward"] for s in steps],
-        color="#999999",
-        linewidth=1,
-        label="reward of the rollout",
-    )
     looks = [s for s in steps if s["held_out"] is not None]
-    axes.plot(
-        [s["step"] for s in looks],
-        [s["held_out"] for s in looks],
-        color="#0072B2",
-        marker="o",
-        linewidth=2,
-        label="held-out sampled accuracy",
-    )
+    for records, key, label, style in (
+        (steps, "reward", "reward of the rollout", {"color": "#999999", "linewidth": 1}),
+        (looks, "held_out", "held-out sampled accuracy", {"color": COLOURS[0], "marker": "o"}),
+    ):
+        axes.plot([s["step"] for s in records], [s[key] for s in records], label=label, **style)
     axes.set(ylabel="share of right answers", ylim=(-0.03, 1.03), title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
-    for axes_below in below:
-        _updates(axes_below, readings)
-    figure.get_axes()[-1].set_xlabel("GRPO step")
-    figure.savefig(path, dpi=150)
-    return f"picture: {path}"
-
-
-def _updates(axes: Any, readings: list[dict[str, Any]]) -> None:
-    """Size and concentration of the updates: medians over the layers, bands of 10 to 90 %; the
-    monitor's states as a shade behind."""
-    steps = [r["step"] for r in readings]
-    for name, label, colour, style in (
-        ("relative_spectral", r"$s_1(\Delta W)\,/\,s_1(W)$", "#D55E00", "-"),
-        ("topk_energy", "energy of the first direction", "#0072B2", "--"),
-        ("of_null", "participation ratio / random", "#009E73", ":"),
-    ):
-        bands = [[math.nan if v is None else v for v in r["bands"][name]] for r in readings]
-        low, middle, high = zip(*bands, strict=True)
-        axes.plot(steps, middle, color=colour, linestyle=style, linewidth=2, label=label)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-    shades = {"concentrated": "#F0E442", "collapsing": "#E69F00", "collapsed": "#CC79A7"}
-    for state, colour in shades.items():
-        named = f"state: {state}"
-        for r, end in zip(readings, [*steps[1:], steps[-1] + 1], strict=True):
-            if r["state"] == state:
-                axes.axvspan(r["step"], end, color=colour, alpha=0.25, linewidth=0, label=named)
-                named = "_"  # in the legend once
-    axes.set(ylabel="the updates, layer by layer", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(loc="best", fontsize="small")
+    for axes in below:
+        plots.of_updates(axes, readings, OF_UPDATES)
+        axes.set(ylabel="the updates, layer by layer", ylim=(0, None))
+        axes.legend(loc="best", fontsize="small")
+    axes.set_xlabel("GRPO step")
+    return f"picture: {written(figure, path)}"

@@ -21,7 +21,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -33,6 +33,7 @@ from torch import nn
 
 import structadapt as sa
 from structadapt.adapters import Adapter
+from structadapt.examples.evaluating import accuracy
 from structadapt.examples.options import Settings, build_adapter
 from structadapt.examples.process import StepLog, first_interrupt, peak_memory_mib
 from structadapt.files import write_atomically
@@ -150,14 +151,15 @@ def run(args: argparse.Namespace, adapter: Adapter) -> dict[str, Any]:
         model, optimizer, prompts, first_number, config, checkpoints=checkpoints, **same
     )
     loaded = time.perf_counter()
-    before = accuracy(model, held_out, first_number, config, same, SAMPLES)
+    asked = model, held_out, first_number, config, SAMPLES
+    before = accuracy(*asked, batch_size=256, **same)
     say(args, f"before: greedy {before['greedy']:.3f}, sampled {before['sampled']:.3f}")
     looked = time.perf_counter()
     records, failure = follow(steps, args)
     sa.save(model, args.out / "adapter.safetensors")
     trained = time.perf_counter()
     whole = len(records) == args.steps
-    after = accuracy(model, held_out, first_number, config, same, SAMPLES) if whole else None
+    after = accuracy(*asked, batch_size=256, **same) if whole else None
     evaluation = looked - loaded + time.perf_counter() - trained
     return {
         "adapter": repr(adapter),
@@ -193,22 +195,6 @@ def follow(
     except FloatingPointError as error:
         return log.records, str(error)
     return log.records, None
-
-
-def accuracy(
-    model: nn.Module, held_out: Sequence[Any], reward: Callable[..., float],
-    config: sa.grpo.Config, same: dict[str, Any], samples: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Greedy and sampled accuracy on the held-out problems, with their 95 % intervals; `faults`
-    where rewards failed."""
-    found: dict[str, Any] = {"problems": len(held_out), "samples": samples}
-    for name, how in (("greedy", {"greedy": True}), ("sampled", {"samples": samples})):
-        seen = sa.grpo.evaluate(
-            model, held_out, reward, config, seed=config.seed, batch_size=256, **how, **same
-        )
-        found |= {"faults": seen.faults} if seen.faults else {}
-        found |= {name: seen.mean, f"{name}_interval": [seen.low, seen.high]}
-    return found
 
 
 def write(path: Path, text: str) -> None:

@@ -5,7 +5,6 @@ several adapters on one scale, and the curves of a training run. Nothing is show
 no global setting of matplotlib is touched.
 """
 
-import itertools
 import json
 import math
 import os
@@ -18,6 +17,7 @@ import numpy as np
 from structadapt.spectra.columns import title
 from structadapt.spectra.drawing import (
     COLOURS,
+    DASHES,
     EDGE,
     GREY,
     LEGEND,
@@ -40,6 +40,7 @@ Where = str | os.PathLike[str]
 FEW = 12  # matrices that get a line of their own
 WIDEST, TALLEST = 14, 30  # inches of a picture, of a heat map without its names
 OF_UPDATES = ("participation_ratio_ratio", "topk_energy", "relative_norm")
+SHADES = {"concentrated": "#F0E442", "collapsing": "#E69F00", "collapsed": "#CC79A7"}  # states
 OF_WEIGHTS = ("effective_rank_ratio", "stable_rank_ratio", "alpha_median_ratio")
 
 
@@ -166,28 +167,42 @@ def comparison(reports: Mapping[str, Report], path: Where) -> Path:
 
 
 def training(path: Where, picture: Where) -> Path:
-    """The curves of a run from its monitor.jsonl: medians over modules with 10-90 % bands, and
-    marks where a state began. NothingToShowError for a file that is no log of a monitor."""
+    """The curves of a run from its monitor.jsonl, a picture for each measure. NothingToShowError
+    for a file that is no log of a monitor."""
     records = _records(path)
-    steps = [record["step"] for record in records]
     figure = new_figure(9, 6)
     panels = list(figure.subplots(2, 2).flat)
     wanted = ("participation_ratio", "topk_energy", "relative_norm", "relative_spectral")
     for axes, name in zip(panels, wanted, strict=True):
-        bands = [record["bands"].get(name) or (None, None, None) for record in records]
-        low, median, high = np.array(bands, dtype=np.float64).T  # None becomes NaN
-        axes.fill_between(steps, low, high, color=COLOURS[5], alpha=0.35, label="10-90 %")
-        axes.plot(steps, median, color=COLOURS[0], label="median")
-        for step, state in _changes(records):
-            axes.axvline(step, color=EDGE, linewidth=0.8, linestyle="-.")
-            mark = {"rotation": 90, "va": "top", "fontsize": 8, "color": EDGE}
-            axes.text(step, 0.99, f" {label(state)}", transform=axes.get_xaxis_transform(), **mark)
-        if name.startswith("relative") and (low > 0).any():
+        of_updates(axes, records, {name: "median, 10-90 %"})
+        if name.startswith("relative") and math.isfinite(axes.dataLim.minposy):
             _plain_log(axes, "y")
         axes.set(xlabel="step", title=title(name))
-        axes.grid(alpha=0.3)
     panels[-1].legend(loc="lower right", fontsize=8)
     return written(figure, picture)
+
+
+def of_updates(
+    axes: Any, readings: Sequence[Mapping[str, Any]], measures: Mapping[str, str]
+) -> None:
+    """Onto `axes`, what a monitor saw: medians over the modules with bands of 10 to 90 %, and its
+    states as a shade behind.
+
+    readings: as a line of monitor.jsonl has them. measures: what the legend says, by the measure.
+    """
+    steps = [reading["step"] for reading in readings]
+    for (name, words), colour, dash in zip(measures.items(), COLOURS, DASHES * 3, strict=False):
+        bands = [reading["bands"].get(name) or (None, None, None) for reading in readings]
+        low, middle, high = np.array(bands, dtype=np.float64).T  # None becomes NaN
+        axes.plot(steps, middle, color=colour, linestyle=dash, linewidth=2, label=words)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    words = {state: f"state: {state}" for state in SHADES}
+    for reading, end in zip(readings, [*steps[1:], steps[-1] + 1], strict=True):
+        if (state := reading["state"]) in SHADES:
+            shade = {"color": SHADES[state], "alpha": 0.25, "linewidth": 0}
+            axes.axvspan(reading["step"], end, **shade, label=words[state])
+            words[state] = "_"  # in the legend once
+    axes.grid(alpha=0.3)
 
 
 def _records(path: Where) -> list[dict[str, Any]]:
@@ -202,15 +217,6 @@ def _records(path: Where) -> list[dict[str, Any]]:
     if not found:
         raise NothingToShowError(f"{path} holds no reading of a monitor")
     return found
-
-
-def _changes(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
-    """(step, state) where the state became another."""
-    return [
-        (after["step"], after["state"])
-        for before, after in itertools.pairwise(records)
-        if after["state"] != before["state"]
-    ]
 
 
 def _curves(rows: Sequence[Row]) -> tuple[Any, Any, Any]:

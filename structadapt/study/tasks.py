@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import structadapt as sa
-from structadapt.examples import smollm, tiny_lm
+from structadapt.examples import evaluating, smollm, tiny_lm
 from structadapt.files import locked, write_atomically
 from structadapt.study import distributed
 from structadapt.study.cell import EMBEDDED, Cell, config
@@ -177,8 +177,10 @@ def _cold_start(model: tiny_lm.TinyLM, cell: Cell) -> dict[str, Any]:
 def accuracy(base: Base, task: Task, cell: Cell, context: Any) -> dict[str, Any]:
     """Greedy and sampled, with their 95 % intervals, on the held-out problems."""
     how = config(cell, base.eos, base.pad, task.new_tokens)
-    same = {"tokenizer": base.tokenizer, "rollout_context": context}
-    return smollm.accuracy(base.model, task.held_out, task.reward, how, same, cell.samples)
+    return evaluating.accuracy(
+        base.model, task.held_out, task.reward, how, cell.samples, batch_size=256,
+        tokenizer=base.tokenizer, rollout_context=context,
+    )  # fmt: skip
 
 
 def sampled(base: Base, task: Task, cell: Cell, problems: int) -> float:
