@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from structadapt.adapted import Adapted, whole
 from structadapt.adapter_file import FORMAT, AdapterFileError, SavedLayer, read_adapters
+from structadapt.bounds import few
 from structadapt.files import UNSEALED, sealed, write_atomically
 from structadapt.layers import (
     adaptable_layers,
@@ -106,9 +107,9 @@ def refuse_misfit(
         differences += [f"the file has no {name}" for name in adapted if name not in saved]
         differences += [f"{name} is not adapted" for name in saved if name in bare]
     if differences:
-        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-        shown = "; ".join(differences[:3])
-        raise AdapterFileError(f"{source} does not fit this model: {shown}{more}")
+        raise AdapterFileError(
+            f"{source} does not fit this model: {few(differences, between='; ')}"
+        )
     for name in saved:
         if cast(Tensor, candidates[name].weight).is_meta:
             raise RuntimeError(f"{name} is on the meta device: load the base weights first")

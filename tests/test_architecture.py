@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "watched": set(),
     "adapted": {"adapters", "ops", "watched"},
     "bounds": set(),
-    "files": set(),
+    "files": {"bounds"},
     "markup": set(),
     "quantised": set(),
     "layers": {"adapted", "quantised"},
@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "checkpoint": {
         "adapter_file",
         "adapted",
+        "bounds",
         "files",
         "layers",
         "refusals",
@@ -60,15 +61,22 @@ MAY_IMPORT = {
         "targets",
     },
     "spectra": {
+        "adapted",
+        "adapters",
+        "bounds",
+        "files",
+        "layers",
+        "markup",
+        "spectra.reading",
+    },
+    "spectra.reading": {
         "adapter_file",
         "adapted",
         "adapters",
         "bounds",
         "checkpoint",
-        "files",
         "interop",
         "layers",
-        "markup",
         "quantised",
     },
     "grpo": {"files", "ops"},
@@ -126,6 +134,8 @@ SOURCES = sources()
 
 def room(module):
     parts = module.split(".")
+    if parts[1:3] == ["spectra", "reading"]:
+        return "spectra.reading"
     return parts[1] if len(parts) > 1 else "structadapt"
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from structadapt.adapter_file import FLOATS, AdapterFileError, SavedLayer, read_tensors
 from structadapt.adapters import DoRA
+from structadapt.bounds import few
 from structadapt.checkpoint import fill, refuse_misfit
 from structadapt.interop.peft_config import (
     ADVICE,
@@ -80,8 +81,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 def _raise(folder: Path, problems: list[str]) -> None:
     """Raise what keeps the folder from this model, if anything does."""
     if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise AdapterFileError(f"{folder}: {'; '.join(problems[:3])}{more}")
+        raise AdapterFileError(f"{folder}: {few(problems, between='; ')}")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ from typing import Any
 from structadapt.spectra import plots, similarity
 from structadapt.spectra.analysis import analyze
 from structadapt.spectra.columns import head
+from structadapt.spectra.reading import Source
 from structadapt.spectra.report import Report, shown, spread, usable
-from structadapt.spectra.sources import Source
 
 MEASURES = (
     "effective_rank",

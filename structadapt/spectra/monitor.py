@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from structadapt.adapted import sharded_as
+from structadapt.bounds import few
 from structadapt.files import write_atomically
 from structadapt.spectra import states, updates
 from structadapt.spectra.states import MEASURES, NOT_JUDGED, Judge, Row, Thresholds
@@ -167,9 +168,8 @@ class Monitor:
         new = [name for name, why in unseen.items() if self.not_watched.get(name) != why]
         self.not_watched.update(unseen)
         if new:
-            named = ", ".join(new[:3]) + (f" and {len(new) - 3} more" if new[3:] else "")
             warnings.warn(
-                f"the monitor does not watch {named}: {unseen[new[0]]} (see not_watched)",
+                f"the monitor does not watch {few(new)}: {unseen[new[0]]} (see not_watched)",
                 stacklevel=3,
             )
 

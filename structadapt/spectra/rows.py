@@ -14,8 +14,8 @@ from structadapt.spectra import engine, marchenko_pastur, measures, nulls, power
 from structadapt.spectra.columns import COLUMNS, NULLED
 from structadapt.spectra.geometry import Vectors, lies
 from structadapt.spectra.places import Place
+from structadapt.spectra.reading import Matrix
 from structadapt.spectra.report import WITHOUT_BASE, Row
-from structadapt.spectra.sources import Matrix
 
 # What one matrix may raise without an end to the run: files that changed, values that are not
 # finite, an iteration that does not converge, no memory for this one. The last two are of

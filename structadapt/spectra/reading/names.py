@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Set
 
 from structadapt import bounds
 from structadapt.layers import plain_name
-from structadapt.spectra.matrix import DTYPES, SourceError, Stored
+from structadapt.spectra.reading.matrix import DTYPES, SourceError, Stored
 
 Patterns = str | Iterable[str] | None
 
