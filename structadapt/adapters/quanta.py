@@ -86,7 +86,7 @@ class QuanTA(Adapter):
         if isinstance(self.axes, int):
             out_axes = factorise(out_features, self.axes)
             in_axes = factorise(in_features, self.axes)
-            cost = sum(math.prod(s) for s in gate_shapes(out_axes, in_axes))
+            cost = sum(math.prod(s) for s in ops.quanta_gate_shapes(out_axes, in_axes))
             if cost >= out_features * in_features:
                 raise ValueError(
                     f"QuanTA: {shape} does not factor into {self.axes} axes: the best, "
@@ -119,7 +119,7 @@ class QuanTA(Adapter):
         return QuanTA(in_axes, self.start, out_axes)
 
     def init(self, W: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        shapes = gate_shapes(*self.sizes(*W.shape))
+        shapes = ops.quanta_gate_shapes(*self.sizes(*W.shape))
         if self.start == "identity":
             dtype = ops.wide_dtype(W.dtype)
             gates = [torch.empty(s, dtype=dtype, device=W.device) for s in shapes]
@@ -161,20 +161,6 @@ class QuanTA(Adapter):
         p: dict[str, Tensor],
     ) -> Tensor:
         return y + self.update(x.to(y.dtype), y.shape[-1], p)
-
-
-def gate_shapes(
-    out_axes: tuple[int, ...], in_axes: tuple[int, ...]
-) -> list[tuple[int, int, int, int]]:
-    """Shapes of the gates in order; the last gate on an axis takes it from in to out size."""
-    pairs = ops.quanta_pairs(len(in_axes))
-    last_gate = {axis: i for i, pair in enumerate(pairs) for axis in pair}
-    shapes = []
-    for i, (b, a) in enumerate(pairs):
-        out_b = out_axes[b] if last_gate[b] == i else in_axes[b]
-        out_a = out_axes[a] if last_gate[a] == i else in_axes[a]
-        shapes.append((out_b, out_a, in_axes[b], in_axes[a]))
-    return shapes
 
 
 @cache
