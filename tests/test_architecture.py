@@ -16,11 +16,12 @@ ROOT = Path(__file__).parents[1]
 # Each room may import the rooms beside it, and nothing else of structadapt.
 MAY_IMPORT = {
     "kernels": set(),
-    "dispatch": {"kernels"},
-    "forms": {"dispatch", "kernels"},
+    "onlookers": set(),
+    "dispatch": {"kernels", "onlookers"},
+    "forms": {"dispatch", "kernels", "onlookers"},
     "opaque": {"forms", "kernels"},
     "head": {"kernels"},
-    "ops": {"dispatch", "forms", "head", "kernels", "opaque"},
+    "ops": {"dispatch", "forms", "head", "kernels", "onlookers", "opaque"},
     "adapters": {"ops"},
     "targets": set(),
     "planning": {"adapted", "adapters", "layers", "ops"},
