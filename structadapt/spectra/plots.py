@@ -34,7 +34,7 @@ from structadapt.spectra.drawing import (
     random_curves,
     written,
 )
-from structadapt.spectra.report import NothingToShowError, Report, Row, by_type
+from structadapt.spectra.report import NothingToShowError, Record, Report, by_type
 
 Where = str | os.PathLike[str]
 FEW = 12  # matrices that get a line of their own
@@ -213,7 +213,7 @@ def _changes(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
     ]
 
 
-def _curves(rows: Sequence[Row]) -> tuple[Any, Any, Any]:
+def _curves(rows: Sequence[Record]) -> tuple[Any, Any, Any]:
     """(figure, axes, x of row): by index where all have one rank, else by share of the rank."""
     same = len({row["max_rank"] for row in rows}) == 1
     figure = new_figure(8, 4.8)
@@ -224,20 +224,20 @@ def _curves(rows: Sequence[Row]) -> tuple[Any, Any, Any]:
     return figure, axes, _index if same else _share
 
 
-def _index(row: Row, indices: np.ndarray) -> np.ndarray:
+def _index(row: Record, indices: np.ndarray) -> np.ndarray:
     return indices + 1
 
 
-def _share(row: Row, indices: np.ndarray) -> np.ndarray:
+def _share(row: Record, indices: np.ndarray) -> np.ndarray:
     return (indices + 1) / row["max_rank"]
 
 
-def _named(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _named(rows: Sequence[Record]) -> dict[str, list[Record]]:
     """Each matrix by itself where they are few, else by module type."""
     return {row["name"]: [row] for row in rows} if len(rows) <= FEW else by_type(rows)
 
 
-def _lines(axes: Any, rows: Sequence[Row], found: Sequence[np.ndarray], x_of: Any) -> list[Any]:
+def _lines(axes: Any, rows: Sequence[Record], found: Sequence[np.ndarray], x_of: Any) -> list[Any]:
     """One line a matrix; of many, thin ones and the median of each type. The legend's handles."""
     groups = _named(rows)
     style, handles = Lines(groups), []
@@ -262,7 +262,7 @@ def _lines(axes: Any, rows: Sequence[Row], found: Sequence[np.ndarray], x_of: An
     return handles
 
 
-def _thin(group: Sequence[Row], values: Mapping[int, np.ndarray], x_of: Any, colour: str) -> Any:
+def _thin(group: Sequence[Record], values: Mapping[int, np.ndarray], x_of: Any, colour: str) -> Any:
     from matplotlib.collections import LineCollection
 
     lines = []
