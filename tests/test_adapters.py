@@ -421,6 +421,20 @@ def test_quanta_refuses_axes(axes):
         sa.QuanTA(axes)
 
 
+@pytest.mark.parametrize(
+    ("axes", "out_axes"), [(3, (4, 4, 4)), ((4, 4, 4), (4, 4)), ((4, 4, 4), 3)]
+)
+def test_quanta_refuses_out_axes(axes, out_axes):
+    with pytest.raises(ValueError, match="need axes with as many sizes"):
+        sa.QuanTA(axes, out_axes=out_axes)
+
+
+def test_quanta_reads_sizes_that_can_be_read_once():
+    assert sa.QuanTA(iter((4, 4, 4)), out_axes=iter((4, 4, 2))) == sa.QuanTA(
+        (4, 4, 4), out_axes=(4, 4, 2)
+    )
+
+
 @pytest.mark.parametrize("axes", [(127, 1, 1), (8, 4, 3)])
 def test_quanta_refuses_sizes_that_leave_parameters_without_an_effect(axes):
     with pytest.raises(ValueError, match="give sizes that make it, or less than . more"):

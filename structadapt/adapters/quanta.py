@@ -56,19 +56,20 @@ class QuanTA(Adapter):
         init: str = "identity",
         out_axes: tuple[int, ...] | None = None,
     ) -> None:
-        n_axes = len(_sizes("axes", axes)) if isinstance(axes, Iterable) else axes
+        sizes = _sizes("axes", axes) if isinstance(axes, Iterable) else axes
+        n_axes = len(sizes) if isinstance(sizes, tuple) else sizes
         whole = isinstance(n_axes, int) and not isinstance(n_axes, bool)
         if not whole or not MIN_AXES <= n_axes <= MAX_AXES:
             raise _bad_axes("axes", axes)
-        if out_axes is not None and (isinstance(axes, int) or len(tuple(out_axes)) != n_axes):
+        out = _sizes("out_axes", out_axes) if isinstance(out_axes, Iterable) else None
+        if out_axes is not None and (out is None or isinstance(axes, int) or len(out) != n_axes):
             raise ValueError(
                 f"QuanTA: out_axes {out_axes!r} need axes with as many sizes, got {axes!r}"
             )
         if init not in STARTS:
             expected = ", ".join(map(repr, STARTS))
             raise ValueError(f"QuanTA: init must be one of {expected}, got {init!r}")
-        out = None if out_axes is None else _sizes("out_axes", out_axes)
-        object.__setattr__(self, "axes", axes if isinstance(axes, int) else _sizes("axes", axes))
+        object.__setattr__(self, "axes", sizes)
         object.__setattr__(self, "start", init)
         object.__setattr__(self, "out_axes", out)
 
