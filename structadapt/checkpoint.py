@@ -69,17 +69,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load_file(
     model: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True
 ) -> nn.Module:
-    """Put the adapters of a file into `model`, in place; returns the model.
-
-    A bare model is adapted as the file says and its other parameters are frozen; a model that is
-    adapted already must have the same adapters on the same layers. Everything is checked before
-    anything changes. The base weights must be those that the adapters were saved over, as far as
-    bf16 tells; `check_base=False` is for other ones on purpose, such as a quantised base.
-
-    Raises FileNotFoundError; AdapterFileError (a ValueError) for a file that is truncated,
-    damaged, from a newer format, not finite, or for another model or base, naming what differs;
-    RuntimeError for a model that is compiled, sharded, merged or on the meta device.
-    """
+    """`structadapt.load` of a file that `save` wrote, with its arguments and errors."""
     refuse_wrong_order(model)
     saved = read_adapters(path, lambda layers: refuse_misfit(model, layers, path, check_base))
     fill(model, saved)

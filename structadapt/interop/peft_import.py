@@ -36,12 +36,12 @@ from structadapt.ops import wide_dtype
 from structadapt.refusals import refuse_wrong_order
 from structadapt.targets import near
 
-MAGNITUDE = "lora_magnitude_vector"
+MAGNITUDE = "lora_magnitude_vector"  # PEFT also wrote it with ".weight" behind
 FACTORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 # Longer names first: "base_layer.bias" also ends with "bias".
 PARTS = (
     *FACTORS,
-    *("lora_B.bias", "lora_magnitude_vector.weight", "lora_magnitude_vector"),
+    *("lora_B.bias", f"{MAGNITUDE}.weight", MAGNITUDE),
     *("base_layer.weight", "base_layer.bias", "weight", "bias"),
 )
 
@@ -108,7 +108,7 @@ def _by_layer(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, T
         if tensor.dtype not in FLOATS:
             raise AdapterFileError(f"{folder}: {key} is {tensor.dtype}")
         name = key[len(PREFIX) : -len(part) - 1]
-        parts.setdefault(name, {})[part.replace("vector.weight", "vector")] = tensor
+        parts.setdefault(name, {})[part.replace(f"{MAGNITUDE}.weight", MAGNITUDE)] = tensor
     return parts
 
 
@@ -235,6 +235,3 @@ def _left_over(
                     f"it differs from the model's; {ADVICE}"
                 )
     return problems
-
-
-# -- putting them on -------------------------------------------------------------------------------
