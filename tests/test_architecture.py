@@ -200,6 +200,15 @@ def test_the_kernels_folder_is_no_package():
     assert (ROOT / "structadapt" / "kernels").is_symlink()
 
 
+def test_the_design_lists_every_room():
+    text = (ROOT / "docs" / "design.md").read_text()
+    rooms = text[text.index("## Rooms") : text.index("Who may import whom")]
+    for path in (ROOT / "structadapt").iterdir():
+        name = f"{path.name}/" if path.is_dir() else path.name
+        if not name.startswith("__pycache__") and name != "py.typed":
+            assert name in rooms, name
+
+
 def test_no_module_bears_the_name_of_a_function_it_exports():
     for module in SOURCES:
         package = importlib.import_module(module)
