@@ -77,11 +77,9 @@ def spikes(
     )
 
 
-def summary(
-    s: SingularValues, shape: tuple[int, int], estimator: str = "elementwise"
-) -> dict[str, float | int | None]:
+def summary(s: SingularValues, shape: tuple[int, int]) -> dict[str, float | int | None]:
     """`spikes` by the names that a report uses."""
-    found = spikes(s, shape, estimator)
+    found = spikes(s, shape)
     return {"mp_spikes": found.count, "mp_spike_energy": found.energy}
 
 

@@ -108,17 +108,15 @@ def energy(report: Report, path: Where) -> Path:
     return written(figure, path)
 
 
-def heatmap(
-    reports: Mapping[str, Report], path: Where, measures: Sequence[str] | None = None
-) -> Path:
+def heatmap(reports: Mapping[str, Report], path: Where) -> Path:
     """Layer by module type, one picture a measure and report; one scale for all reports."""
     rows = few_types({name: drawable(report) for name, report in reports.items()})
     every = [row for group in rows.values() for row in group]
     if not every:
         raise NothingToShowError("nothing to draw: every matrix is zero or was left out")
     kinds = {row["kind"] for row in every}
-    wanted = measures or (OF_WEIGHTS if kinds == {"weight"} else OF_UPDATES)
-    wanted = [m for m in wanted if any(row[m] is not None for row in every)]
+    measures = OF_WEIGHTS if kinds == {"weight"} else OF_UPDATES
+    wanted = [m for m in measures if any(row[m] is not None for row in every)]
     types, layers = list(by_type(every)), layers_of(every)
     wide = max(2.6, 0.62 * len(types)) + 1.3
     tall = min(max(1.6, 0.24 * len(layers)), TALLEST) + 0.9 + 0.075 * max(map(len, types))
