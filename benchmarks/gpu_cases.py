@@ -98,15 +98,10 @@ class Problem:
 
 
 def near_identity(before: Sizes, after: Sizes, normal: Callable[..., Tensor]) -> list[Tensor]:
-    """fp32 gates; G and G - E are exact in bf16. An axis takes its new size as late as it can."""
-    sizes, found = list(before), []
-    pairs = reference.quanta_pairs(len(sizes))
-    for k, (b, a) in enumerate(pairs):
-        old = sizes[b], sizes[a]
-        for axis in (b, a):
-            if not any(axis in pair for pair in pairs[k + 1 :]):
-                sizes[axis] = after[axis]
-        noise = normal(sizes[b], sizes[a], *old, scale=0.4 / (old[0] * old[1]) ** 0.5).float()
+    """fp32 gates; G and G - E are exact in bf16."""
+    found = []
+    for shape in reference.quanta_gate_shapes(after, before):
+        noise = normal(*shape, scale=0.4 / (shape[2] * shape[3]) ** 0.5).float()
         noise = noise.clamp(-0.2, 0.2).mul(512).round().div(512)
         found.append(reference.eye_gate(noise) + noise)
     return found

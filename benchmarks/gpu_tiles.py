@@ -11,7 +11,7 @@ from counts import Case
 from gpu_cases import SCALE, Problem, Sizes, gate_by_gate, near_identity, planned
 from torch import Tensor
 
-from structadapt.kernels import _launch, dora, lean_logprob, logprob, lora, quanta
+from structadapt.kernels import _launch, dora, lean_logprob, logprob, lora, quanta, reference
 
 Tile = dict[str, Any]
 Call = Callable[[int, Tile], list[Tensor]]  # with the number of a set of inputs
@@ -260,8 +260,7 @@ def _axes(before: Sizes, after: Sizes) -> str:
 
 def _gate_sizes(before: Sizes, after: Sizes, number: int, total: bool) -> dict[str, int]:
     """Of one gate: (N, K), as the tables are asked for them."""
-    gates = near_identity(before, after, lambda *shape, scale: torch.empty(shape))
-    n_b, n_a, b, a = gates[number].shape
+    n_b, n_a, b, a = reference.quanta_gate_shapes(after, before)[number]
     return {"N": n_b * n_a, "K": b * a, "sources": 1 + total}
 
 

@@ -79,7 +79,7 @@ def started(model: nn.Module) -> tuple[sa.spectra.Monitor, float]:
     seconds: list[float] = []
     real = updates.base_of
 
-    def once(update: updates.Update) -> Any:
+    def once(update: updates.Tracked) -> Any:
         assert update.layer is not None
         key = update.layer.frozen_weight.data_ptr()
         if key not in known:

@@ -160,7 +160,7 @@ def fill(path: Path, names: list[str], count: int, cold: float, limit: int, kept
 def said(run: dict[str, Any], limits: Thresholds, every: int, reward: bool) -> list[tuple]:
     """(step, state, evidence) of every check of a run."""
     layers = [
-        (updates.Update(name, tuple(shape), "", rank), updates.Base(*base))
+        (updates.Tracked(name, tuple(shape), "", rank), updates.Base(*base))
         for name, shape, rank, *base in run["layers"]
     ]
     judge = states.Judge(limits, every, {update.name: 0.0 for update, _ in layers})

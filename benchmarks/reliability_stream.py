@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 import structadapt as sa
-from structadapt.spectra.sources import open_source
+from structadapt.spectra.reading import open_source
 
 LIMIT = 0.6  # GiB
 BLOCK = 2**25  # values

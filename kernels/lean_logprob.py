@@ -110,12 +110,8 @@ class _Chunks:
     def __init__(
         self, hidden: Tensor, W: Tensor, bias: Tensor | None, temperature: float, rows: Rows
     ) -> None:
-        self.hidden, self.W, self.temperature, self.rows = (
-            hidden,
-            W.to(hidden.dtype),
-            temperature,
-            rows,
-        )
+        self.hidden, self.W = hidden, W.to(hidden.dtype)
+        self.temperature, self.rows = temperature, rows
         self.bias = None if bias is None else bias.to(hidden.dtype)
         self.wide = reference.wide_dtype(hidden.dtype)
         self.whole = hidden.dtype == self.wide

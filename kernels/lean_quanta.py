@@ -171,19 +171,14 @@ def _eye(gate: Tensor) -> Tensor:
 @cache
 def _places(shapes: tuple[Sizes, ...]) -> list[tuple[Sizes, Sizes, bool, Sizes, Sizes]]:
     """Everything about a chain's gates but their values."""
-    if not shapes:
-        return []
-    sizes = reference.quanta_axes([torch.empty(shape, device="meta") for shape in shapes])
-    n, found = len(sizes), []
-    for shape, (b, a) in zip(shapes, reference.quanta_pairs(n), strict=True):
-        after = list(sizes)
-        after[b], after[a] = shape[0], shape[1]
+    found = []
+    for (b, a), before, after in reference.quanta_steps(shapes):
+        n = len(before)
         left = a != n - 1
         rest = [d for d in range(n + 1) if d not in (b + 1, a + 1, n)]
         order = (b + 1, a + 1, *rest, n) if left else (*rest, b + 1, n)
         back = tuple(order.index(d) for d in range(n + 1))
-        found.append((order, back, left, sizes, tuple(after)))
-        sizes = tuple(after)
+        found.append((order, back, left, before, after))
     return found
 
 

@@ -250,17 +250,7 @@ def transposed(chain: list[Gate]) -> list[Gate]:
     return [Gate(g.matrix.T, g.pair, g.after, g.before) for g in reversed(chain)]
 
 
-@cache
-def _steps(shapes: tuple[Sizes, ...]) -> list[tuple[tuple[int, int], Sizes, Sizes]]:
-    """(pair, sizes before, sizes after) of every gate."""
-    sizes = reference.quanta_axes([torch.empty(shape, device="meta") for shape in shapes])
-    found = []
-    for shape, (b, a) in zip(shapes, reference.quanta_pairs(len(sizes)), strict=True):
-        after = list(sizes)
-        after[b], after[a] = shape[0], shape[1]
-        found.append(((b, a), sizes, tuple(after)))
-        sizes = tuple(after)
-    return found
+_steps = cache(reference.quanta_steps)
 
 
 def _matrix(gate: Tensor, out: Tensor, minus_eye: bool) -> Tensor:

@@ -113,6 +113,36 @@ def quanta_axes(gates: list[Tensor]) -> tuple[int, ...]:
     return (*(g.shape[2] for g in reversed(touching_last)), gates[0].shape[3])
 
 
+def quanta_gate_shapes(
+    out_axes: tuple[int, ...], in_axes: tuple[int, ...]
+) -> list[tuple[int, int, int, int]]:
+    """Shapes of the gates in order; the last gate on an axis takes it from in to out size."""
+    pairs = quanta_pairs(len(in_axes))
+    last_gate = {axis: i for i, pair in enumerate(pairs) for axis in pair}
+    shapes = []
+    for i, (b, a) in enumerate(pairs):
+        out_b = out_axes[b] if last_gate[b] == i else in_axes[b]
+        out_a = out_axes[a] if last_gate[a] == i else in_axes[a]
+        shapes.append((out_b, out_a, in_axes[b], in_axes[a]))
+    return shapes
+
+
+def quanta_steps(
+    shapes: tuple[tuple[int, ...], ...],
+) -> list[tuple[tuple[int, int], tuple[int, ...], tuple[int, ...]]]:
+    """Of the gate of each shape in order: its axes (b, a), and (d1, ..., dN) before and after."""
+    if not shapes:
+        return []
+    sizes = quanta_axes([torch.empty(shape, device="meta") for shape in shapes])
+    steps = []
+    for (out_b, out_a, *_), (b, a) in zip(shapes, quanta_pairs(len(sizes)), strict=True):
+        after = list(sizes)
+        after[b], after[a] = out_b, out_a
+        steps.append(((b, a), sizes, tuple(after)))
+        sizes = tuple(after)
+    return steps
+
+
 def quanta_gate(u: Tensor, gate: Tensor, early: int, late: int) -> Tensor:
     """Apply one gate to u (M, d1, ..., dN); the two axes take the gate's output sizes."""
     axes = string.ascii_lowercase[: u.dim() - 1]

@@ -7,6 +7,7 @@ pipe that never ends, a gigabyte of holes. What is refused here costs no more th
 import json
 import os
 import stat
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, BinaryIO
 
@@ -58,6 +59,12 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def in_part(message: str) -> str:
     """A message that quotes a file, which can hold a text of any length: the beginning of it."""
     return message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}..."
+
+
+def few(names: Sequence[str], most: int = 3, between: str = ", ") -> str:
+    """The first of a list, and how many more there are; for messages."""
+    more = f" (and {len(names) - most} more)" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 def unfit_name(name: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from structadapt.adapted import Adapted, whole
 from structadapt.adapter_file import FORMAT, AdapterFileError, SavedLayer, read_adapters
+from structadapt.bounds import few
 from structadapt.files import UNSEALED, sealed, write_atomically
 from structadapt.layers import (
     adaptable_layers,
@@ -68,17 +69,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load_file(
     model: nn.Module, path: str | os.PathLike[str], *, check_base: bool = True
 ) -> nn.Module:
-    """Put the adapters of a file into `model`, in place; returns the model.
-
-    A bare model is adapted as the file says and its other parameters are frozen; a model that is
-    adapted already must have the same adapters on the same layers. Everything is checked before
-    anything changes. The base weights must be those that the adapters were saved over, as far as
-    bf16 tells; `check_base=False` is for other ones on purpose, such as a quantised base.
-
-    Raises FileNotFoundError; AdapterFileError (a ValueError) for a file that is truncated,
-    damaged, from a newer format, not finite, or for another model or base, naming what differs;
-    RuntimeError for a model that is compiled, sharded, merged or on the meta device.
-    """
+    """`structadapt.load` of a file that `save` wrote, with its arguments and errors."""
     refuse_wrong_order(model)
     saved = read_adapters(path, lambda layers: refuse_misfit(model, layers, path, check_base))
     fill(model, saved)
@@ -106,9 +97,9 @@ def refuse_misfit(
         differences += [f"the file has no {name}" for name in adapted if name not in saved]
         differences += [f"{name} is not adapted" for name in saved if name in bare]
     if differences:
-        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-        shown = "; ".join(differences[:3])
-        raise AdapterFileError(f"{source} does not fit this model: {shown}{more}")
+        raise AdapterFileError(
+            f"{source} does not fit this model: {few(differences, between='; ')}"
+        )
     for name in saved:
         if cast(Tensor, candidates[name].weight).is_meta:
             raise RuntimeError(f"{name} is on the meta device: load the base weights first")

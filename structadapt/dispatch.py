@@ -5,7 +5,6 @@ Every op has a plain-torch form and, for CUDA devices, a Triton one (`kernels/`)
 "torch"; the variable STRUCTADAPT_BACKEND sets the default.
 """
 
-import functools
 import importlib.util
 import os
 import sys
@@ -16,9 +15,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from structadapt.kernels import _launch
+from structadapt.onlookers import has_own_operations
 
 BACKENDS = ("auto", "triton", "torch")
 FEW_ROWS = 128  # with fewer, launches cost more than a fused kernel saves
@@ -129,10 +128,14 @@ def settle(op: str, x: Tensor, W: Tensor, refused: str | None, strict: bool = Tr
 
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that torch.autocast would multiply it in."""
+    return x.to(_autocast_dtype(x))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def refusal(
@@ -217,43 +220,8 @@ def traced_to_kernels(x: Tensor, W: Tensor, *others: Tensor, rank: int = 0) -> b
         return False
     if device != "cuda" and not (asked == "triton" and device == "cpu" and _launch.interpreted()):
         return False
-    if torch._C._are_functorch_transforms_active() or any(map(_sharded, (x, W, *others))):
+    if torch._C._are_functorch_transforms_active() or any(map(has_own_operations, (x, W, *others))):
         return False
-    dtype = x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = _autocast_dtype(x)
     fits = device == "cpu" or not any(side % MULTIPLE for side in W.shape)
     return dtype in _dtypes(x.device) and W.dtype == dtype and fits
-
-
-def _sharded(t: Tensor) -> bool:
-    return getattr(type(t), "__torch_dispatch__", None) is not getattr(
-        Tensor, "__torch_dispatch__", None
-    )
-
-
-# -- who looks on ----------------------------------------------------------------------------------
-
-
-def observed() -> bool:
-    """Whether something else looks at the operations: a compiler, a tracer, torch.func, forward
-    differentiation, a dispatch mode (as in selective checkpointing, which counts them)."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-def plain_tensors(*tensors: Tensor) -> bool:
-    """Whether operations on these tensors are torch's own and can be done behind autograd."""
-    return not (tensors[0].is_meta or observed() or any(_overridden(type(t)) for t in tensors))
-
-
-@functools.cache
-def _overridden(kind: type[Tensor]) -> bool:
-    """Whether a subclass (sharded, quantised, fake) has operations of its own."""
-    plain = getattr(Tensor, "__torch_dispatch__", None)
-    return getattr(kind, "__torch_dispatch__", None) is not plain

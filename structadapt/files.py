@@ -15,6 +15,8 @@ from typing import IO
 
 from safetensors import SafetensorError
 
+from structadapt.bounds import few
+
 UNSEALED = "0" * 64  # where the seal goes
 
 
@@ -97,9 +99,8 @@ def refuse_foreign(path: str | os.PathLike[str], replaceable: Callable[[str], bo
         raise FileExistsError(f"{path} is a file: give the name of a folder")
     others = sorted(name for name in os.listdir(path) if not replaceable(name))
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise FileExistsError(
-            f"{path} also holds {', '.join(others[:3])}{more}, which a new export would delete: "
+            f"{path} also holds {few(others)}, which a new export would delete: "
             "give another folder, or move these away"
         )
 

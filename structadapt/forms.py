@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from structadapt import dispatch
 from structadapt.kernels import lean, lean_logprob, lean_quanta, reference
+from structadapt.onlookers import plain_tensors
 
 # {op: (module in plain torch, its twin, imported when first chosen since it imports triton)}
 MODULES = {
@@ -61,7 +62,7 @@ def run(
     op: str, form: Any, x: Tensor, W: Tensor, bias: Tensor | None, *tensors: Tensor, rank: int = 0
 ) -> Tensor:
     """The output (..., out) of a layer."""
-    if not dispatch.plain_tensors(x, W, *tensors):
+    if not plain_tensors(x, W, *tensors):
         if not (x.is_meta or torch.compiler.is_exporting()):
             dispatch.settle(op, x, W, dispatch.OBSERVED)
         return form.plain(x, W, bias, *tensors)  # type: ignore[no-any-return]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from structadapt import dispatch, head, opaque
-from structadapt.dispatch import Choice, backend, observed
+from structadapt.dispatch import Choice, backend
 from structadapt.forms import (
     DoRAForm,
     LoRAForm,
@@ -38,12 +38,13 @@ from structadapt.kernels.reference import (
     lora_weight,
     low_rank,
     no_autocast,
-    quanta_axes,
+    quanta_gate_shapes,
     quanta_pairs,
     quanta_update,
     token_logprobs,
     wide_dtype,
 )
+from structadapt.onlookers import observed, plain_tensors
 
 __all__ = [
     "Explanation",
@@ -61,7 +62,7 @@ __all__ = [
     "low_rank",
     "no_autocast",
     "observed",
-    "quanta_axes",
+    "quanta_gate_shapes",
     "quanta_linear",
     "quanta_pairs",
     "quanta_update",
@@ -96,7 +97,7 @@ def lora_shared_linear(
     trained = any(t is not None and t.requires_grad for i in (0, 1) for t in tensors[i::4])
     mixed = torch.is_autocast_enabled(x.device.type) or any(W.dtype != x.dtype for W, *_ in layers)
     few = x.shape[:-1].numel() <= lean.FEW  # `lora_linear` has its own way for these
-    seen = not dispatch.plain_tensors(x, *(t for t in tensors if t is not None))
+    seen = not plain_tensors(x, *(t for t in tensors if t is not None))
     if not layers or trained or mixed or few or seen:
         return apart()
     against = [dispatch.against(x, W, A, B, rank=A.shape[0]) for W, _, A, B, _ in layers]
@@ -138,7 +139,7 @@ def dora_norm(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     if dispatch.traced_to_kernels(W, W, A, B, rank=A.shape[0]):
         with torch.no_grad():
             return opaque.dora_norm(W, A, B, scale)
-    if not dispatch.plain_tensors(W, A, B):
+    if not plain_tensors(W, A, B):
         return reference.dora_norm(W, A, B, scale)
     kernels = implementation("dora_norm", W, W, A, B, rank=A.shape[0])
     # A normal tensor also under inference mode: a later training step may use it.
@@ -155,7 +156,7 @@ def head_logprobs(
     Held: one tensor in the shape of hidden; hidden too if W or the bias trains. A second derivative
     raises.
     """
-    if not dispatch.plain_tensors(hidden, W, ids, *(() if bias is None else (bias,))):
+    if not plain_tensors(hidden, W, ids, *(() if bias is None else (bias,))):
         if not hidden.is_meta:
             dispatch.settle("head_logprobs", hidden, W, dispatch.OBSERVED)
         return head.plain(hidden, W, bias, ids, temperature)

@@ -85,22 +85,23 @@ class Plan:
 
 def layer_plan(name: str, adapter: Adapter, layer: nn.Module) -> LayerPlan:
     """The row of a layer that carries this adapter, or would."""
-    out_features, in_features = shape = matrix_shape(layer)
+    shape = matrix_shape(layer)
     weight = cast(Tensor, layer.weight)
-    kind = "linear" if is_linear(layer) else type(layer).__name__
-    embedding = isinstance(layer, nn.Embedding)
+    linear, embedding = is_linear(layer), isinstance(layer, nn.Embedding)
     tensors = layer.tensors() if isinstance(layer, Adapted) else _tensors(adapter, *shape)
     trained = sum(t.numel() for key, t in tensors.items() if not key.startswith("frozen_"))
     fixed = sum(t.numel() for t in tensors.values()) - trained
-    held = adapter.held(out_features, in_features) * weight.dtype.itemsize
-    if kind != "linear":
-        held = _held_by_lookup(adapter, *shape, weight.dtype) if embedding else 0
+    held = 0
+    if linear:
+        held = adapter.held(*shape) * weight.dtype.itemsize
+    elif embedding:
+        held = _held_by_lookup(adapter, *shape, weight.dtype)
     return LayerPlan(
         name=name,
         shape=shape,
         adapter=adapter,
         parameters=trained,
-        flops=_flops(adapter, *shape, embedding) if kind == "linear" or embedding else 0,
+        flops=_flops(adapter, *shape, embedding) if linear or embedding else 0,
         training_bytes=wide_dtype(weight.dtype).itemsize * (4 * trained + fixed),
         held_bytes=held,
         tensors={key: tuple(t.shape) for key, t in tensors.items()},

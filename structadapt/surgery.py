@@ -59,7 +59,6 @@ def adapt(
     exclude: the same grammar, taken out of the target.
     overrides: pattern -> fields of the adapter that are other on the layers it matches, as in
         {"down_proj": {"rank": 32}}. Of several that match a layer, the first counts.
-
     dequantize: (module) -> W (out, in) for quantised linear layers of a kind that is not known
         here (torchao's and bitsandbytes' are): any subclass of nn.Linear can then be adapted.
 
@@ -96,27 +95,42 @@ def attach(
             if hasattr(layer, key):
                 raise ValueError(f"{name} has an attribute {key} already: rename it, or exclude")
     for name, (adapter, tensors) in layers.items():
-        layer = model.get_submodule(name)
-        forwards = kept_forwards(layer)
-        layer.__class__ = kind_of(layer, dequantize)  # type: ignore[assignment]
-        assert isinstance(layer, Adapted)
-        layer.__dict__.update(dict.fromkeys(forwards, MethodType(type(layer).forward, layer)))
-        if layer.is_quantised:
-            layer.__dict__["dequantize"] = dequantize or quantised.dequantize
-        layer.adapter, layer.enabled, layer.origin = adapter, True, (seed, name)
-        layer.base_weight = layer.residual = None
-        layer.tensor_names = tuple(tensors)
-        for key, tensor in tensors.items():
-            tensor = tensor.clone() if tensor.is_inference() else tensor  # or it could not train
-            if key.startswith("frozen_"):
-                layer.register_buffer(key, tensor)
-            else:
-                layer.register_parameter(key, nn.Parameter(tensor))
-        layer.pending = layer.weight.is_meta
-        layer.watch()
+        _give(model.get_submodule(name), adapter, tensors, (seed, name), dequantize)
     trained = {id(p) for layer in adapted_layers(model).values() for p in layer.trained_tensors()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
+    _leave_fast_paths(model)
+
+
+def _give(
+    layer: nn.Module,
+    adapter: Adapter,
+    tensors: dict[str, Tensor],
+    origin: tuple[int, str],
+    dequantize: Dequantize | None,
+) -> None:
+    """Make a layer an adapted one. origin: (seed, name)."""
+    forwards = kept_forwards(layer)
+    layer.__class__ = kind_of(layer, dequantize)  # type: ignore[assignment]
+    assert isinstance(layer, Adapted)
+    layer.__dict__.update(dict.fromkeys(forwards, MethodType(type(layer).forward, layer)))
+    if layer.is_quantised:
+        layer.__dict__["dequantize"] = dequantize or quantised.dequantize
+    layer.adapter, layer.enabled, layer.origin = adapter, True, origin
+    layer.base_weight = layer.residual = None
+    layer.tensor_names = tuple(tensors)
+    for key, tensor in tensors.items():
+        tensor = tensor.clone() if tensor.is_inference() else tensor  # or it could not train
+        if key.startswith("frozen_"):
+            layer.register_buffer(key, tensor)
+        else:
+            layer.register_parameter(key, nn.Parameter(tensor))
+    layer.pending = layer.weight.is_meta
+    layer.watch()
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Have torch's transformer encoders call their adapted layers."""
     for module in model.modules():
         # In eval mode this class reads the weights of its layers and never calls them, unless one
         # of them has a hook.
@@ -139,7 +153,7 @@ def _choose(
     target: Target,
     exclude: Target,
     overrides: Overrides | None,
-    dequantize: Dequantize | None = None,
+    dequantize: Dequantize | None,
 ) -> dict[str, tuple[nn.Module, Adapter]]:
     """The layers to adapt and the adapter of each, checked; nothing is changed."""
     if not isinstance(adapter, Adapter):

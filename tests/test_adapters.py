@@ -287,7 +287,7 @@ EINSUM = {  # the paper's order of gates, written out
 @pytest.mark.parametrize("n_axes", [3, 4])
 def test_quanta_applies_the_gates_in_the_papers_order(n_axes):
     in_axes, out_axes = (4, 3, 5, 2)[:n_axes], (2, 5, 3, 4)[:n_axes]
-    shapes = quanta.gate_shapes(out_axes, in_axes)
+    shapes = reference.quanta_gate_shapes(out_axes, in_axes)
     gates = [torch.randn(s, dtype=torch.float64) for s in shapes]
     x = torch.randn(7, math.prod(in_axes), dtype=torch.float64)
     expected = torch.einsum(EINSUM[n_axes], x.view(7, *in_axes), *gates)
@@ -298,7 +298,9 @@ def test_quanta_applies_the_gates_in_the_papers_order(n_axes):
 
 def test_quanta_with_five_axes_applies_gate_after_gate():
     in_axes, out_axes = (2, 3, 2, 3, 2), (3, 2, 2, 2, 4)
-    gates = [torch.randn(s, dtype=torch.float64) for s in quanta.gate_shapes(out_axes, in_axes)]
+    gates = [
+        torch.randn(s, dtype=torch.float64) for s in reference.quanta_gate_shapes(out_axes, in_axes)
+    ]
     u = torch.randn(4, math.prod(in_axes), dtype=torch.float64)
     expected = u.view(4, *in_axes)
     pairs = [(-1, -2), (-1, -3), (-1, -4), (-1, -5), (-2, -3), (-2, -4), (-2, -5),
@@ -317,7 +319,7 @@ def test_quanta_with_five_axes_applies_gate_after_gate():
 def test_the_difference_from_the_identity_is_the_difference(sizes, seed):
     generator = torch.Generator().manual_seed(seed)
     out_axes, in_axes = zip(*sizes, strict=True)
-    shapes = quanta.gate_shapes(out_axes, in_axes)
+    shapes = reference.quanta_gate_shapes(out_axes, in_axes)
     gates = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
     eyes = [reference.eye_gate(gate) for gate in gates]
     x = torch.randn(3, math.prod(in_axes), generator=generator, dtype=torch.float64)
@@ -417,6 +419,20 @@ def test_every_gate_entry_and_every_output_row_takes_part(perturb):
 def test_quanta_refuses_axes(axes):
     with pytest.raises(ValueError, match="axes must be a number from 3 to 5 or as many positive"):
         sa.QuanTA(axes)
+
+
+@pytest.mark.parametrize(
+    ("axes", "out_axes"), [(3, (4, 4, 4)), ((4, 4, 4), (4, 4)), ((4, 4, 4), 3)]
+)
+def test_quanta_refuses_out_axes(axes, out_axes):
+    with pytest.raises(ValueError, match="need axes with as many sizes"):
+        sa.QuanTA(axes, out_axes=out_axes)
+
+
+def test_quanta_reads_sizes_that_can_be_read_once():
+    assert sa.QuanTA(iter((4, 4, 4)), out_axes=iter((4, 4, 2))) == sa.QuanTA(
+        (4, 4, 4), out_axes=(4, 4, 2)
+    )
 
 
 @pytest.mark.parametrize("axes", [(127, 1, 1), (8, 4, 3)])

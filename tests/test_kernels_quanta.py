@@ -14,19 +14,10 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def gates_of(before, after=None, dtype=FP32, scale=0.4, seed=0):
-    """fp32 gates near the identity, G and G - I exact in `dtype`: its roundings are the kernel's.
-
-    An axis gets its new size at the last gate that has it.
-    """
-    sizes, gates = list(before), []
-    pairs = reference.quanta_pairs(len(sizes))
-    for k, (b, a) in enumerate(pairs):
-        old = sizes[b], sizes[a]
-        for axis in (b, a):
-            if not any(axis in pair for pair in pairs[k + 1 :]):
-                sizes[axis] = (after or before)[axis]
-        noise = normal(sizes[b], sizes[a], *old, seed=seed + k, scale=scale / math.prod(old) ** 0.5)
-        steps = 2.0**9 if dtype == BF16 else 2.0**11  # 7 and 10 bits behind 1 fit, and a sign
+    """fp32 gates near the identity; G and G - I are exact in `dtype`."""
+    gates, steps = [], 2.0**9 if dtype == BF16 else 2.0**11  # 7 and 10 bits behind 1, and a sign
+    for k, shape in enumerate(reference.quanta_gate_shapes(after or before, before)):
+        noise = normal(*shape, seed=seed + k, scale=scale / math.prod(shape[2:]) ** 0.5)
         noise = noise.clamp(-0.2, 0.2).mul(steps).round().div(steps)
         gates.append(reference.eye_gate(noise) + noise)
     return gates

@@ -195,7 +195,9 @@ def test_adapters_that_come_later_are_named_with_one_warning():
     model.layers[0] = copy.deepcopy(model.layers[0])
     model.layers[1] = nn.Linear(61, 5)
     assert monitor.step() is None
-    with pytest.warns(UserWarning, match=r"not watch 0\.layers\.0, 0\.layers\.1, .* and 1 more"):
+    with pytest.warns(
+        UserWarning, match=r"not watch 0\.layers\.0, 0\.layers\.1, .* \(and 1 more\)"
+    ):
         assert [row.name for row in monitor.step().rows] == ["0.layers.0", "0.layers.1"]
     assert monitor.not_watched.keys() == {f"0.layers.{i}" for i in range(4)}
     assert "left the model" in monitor.not_watched["0.layers.1"]

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from structadapt.spectra.sources import SourceError, SourceNotFoundError, open_source
+from structadapt.spectra.reading import SourceError, SourceNotFoundError, open_source
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*gradient_checkpointing.*is deprecated:FutureWarning"

@@ -621,9 +621,7 @@ def test_progress_goes_up_to_one_and_shows_on_a_terminal_alone(net, monkeypatch)
     shown = terminal.getvalue()
     assert "1/4   25%" in shown and "1 min 30 s left" in shown and shown.endswith("\r\x1b[K")
     assert "\x1b[31m" not in shown
-    assert flops((4096, 14336)) > 3 * flops((4096, 4096)) / 2 and flops((64, 64), 4) < flops(
-        (64, 64)
-    )
+    assert flops((4096, 14336)) > 3 * flops((4096, 4096)) / 2
     assert [duration(s) for s in (3.2, 90, 3720)] == ["3 s", "1 min 30 s", "1 h 2 min"]
 
 

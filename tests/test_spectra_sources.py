@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import structadapt as sa
-from structadapt.spectra.differences import ulp_exponents
-from structadapt.spectra.matrix import CHUNK, PIECE
-from structadapt.spectra.sources import SourceError, SourceNotFoundError, open_source
+from structadapt.spectra.reading import SourceError, SourceNotFoundError, open_source
+from structadapt.spectra.reading.differences import ulp_exponents
+from structadapt.spectra.reading.matrix import CHUNK, PIECE
 
 
 def values(matrix):
@@ -94,7 +94,7 @@ def test_a_file_gives_what_was_stored_bit_for_bit(tmp_path, dtype):
 
 
 def test_rows_come_in_slices_of_bounded_size(tmp_path, monkeypatch):
-    monkeypatch.setattr("structadapt.spectra.matrix.CHUNK", 30)
+    monkeypatch.setattr("structadapt.spectra.reading.matrix.CHUNK", 30)
     W = random(23, 7)
     safetensors.torch.save_file({"w": W}, tmp_path / "x.safetensors")
     (matrix,) = open_source(tmp_path / "x.safetensors").matrices
@@ -509,7 +509,7 @@ def check_updates(opened, model, net):
 
 
 def test_an_adapter_with_and_without_its_base(net, adapter, tmp_path, train_a_little, monkeypatch):
-    monkeypatch.setattr("structadapt.spectra.matrix.CHUNK", 500)
+    monkeypatch.setattr("structadapt.spectra.reading.matrix.CHUNK", 500)
     base = copy.deepcopy(net)
     train_a_little(sa.adapt(net, adapter))
     sa.save(net, tmp_path / "a.safetensors")

@@ -17,10 +17,11 @@ class DoRA(LoRA):
 
     The norm is taken per output row and detached in the gradient (section 4.3 of the paper); the
     bias is not scaled; m and the norm are fp32. A row of V that is exactly zero is a zero row of
-    W', with the gradients of LoRA, so that B can move it. In bf16 and fp16
-    under torch.compile without the kernels, the gradient of m has the rounding of W x + bias, which
-    tells little of W x beside a bias far larger; else such rows are worked out again. Errors as for
-    LoRA.
+    W', with the gradients of LoRA, so that B can move it. Errors as for LoRA.
+
+    In bf16 and fp16 under torch.compile without the kernels, the gradient of m has the rounding of
+    W x + bias, which tells little of W x beside a bias far larger; else such rows are worked out
+    again.
     """
 
     rank: int = 16

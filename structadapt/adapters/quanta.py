@@ -56,19 +56,20 @@ class QuanTA(Adapter):
         init: str = "identity",
         out_axes: tuple[int, ...] | None = None,
     ) -> None:
-        n_axes = len(_sizes("axes", axes)) if isinstance(axes, Iterable) else axes
+        sizes = _sizes("axes", axes) if isinstance(axes, Iterable) else axes
+        n_axes = len(sizes) if isinstance(sizes, tuple) else sizes
         whole = isinstance(n_axes, int) and not isinstance(n_axes, bool)
         if not whole or not MIN_AXES <= n_axes <= MAX_AXES:
             raise _bad_axes("axes", axes)
-        if out_axes is not None and (isinstance(axes, int) or len(tuple(out_axes)) != n_axes):
+        out = _sizes("out_axes", out_axes) if isinstance(out_axes, Iterable) else None
+        if out_axes is not None and (out is None or isinstance(axes, int) or len(out) != n_axes):
             raise ValueError(
                 f"QuanTA: out_axes {out_axes!r} need axes with as many sizes, got {axes!r}"
             )
         if init not in STARTS:
             expected = ", ".join(map(repr, STARTS))
             raise ValueError(f"QuanTA: init must be one of {expected}, got {init!r}")
-        out = None if out_axes is None else _sizes("out_axes", out_axes)
-        object.__setattr__(self, "axes", axes if isinstance(axes, int) else _sizes("axes", axes))
+        object.__setattr__(self, "axes", sizes)
         object.__setattr__(self, "start", init)
         object.__setattr__(self, "out_axes", out)
 
@@ -86,7 +87,7 @@ class QuanTA(Adapter):
         if isinstance(self.axes, int):
             out_axes = factorise(out_features, self.axes)
             in_axes = factorise(in_features, self.axes)
-            cost = sum(math.prod(s) for s in gate_shapes(out_axes, in_axes))
+            cost = sum(math.prod(s) for s in ops.quanta_gate_shapes(out_axes, in_axes))
             if cost >= out_features * in_features:
                 raise ValueError(
                     f"QuanTA: {shape} does not factor into {self.axes} axes: the best, "
@@ -119,7 +120,7 @@ class QuanTA(Adapter):
         return QuanTA(in_axes, self.start, out_axes)
 
     def init(self, W: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        shapes = gate_shapes(*self.sizes(*W.shape))
+        shapes = ops.quanta_gate_shapes(*self.sizes(*W.shape))
         if self.start == "identity":
             dtype = ops.wide_dtype(W.dtype)
             gates = [torch.empty(s, dtype=dtype, device=W.device) for s in shapes]
@@ -161,20 +162,6 @@ class QuanTA(Adapter):
         p: dict[str, Tensor],
     ) -> Tensor:
         return y + self.update(x.to(y.dtype), y.shape[-1], p)
-
-
-def gate_shapes(
-    out_axes: tuple[int, ...], in_axes: tuple[int, ...]
-) -> list[tuple[int, int, int, int]]:
-    """Shapes of the gates in order; the last gate on an axis takes it from in to out size."""
-    pairs = ops.quanta_pairs(len(in_axes))
-    last_gate = {axis: i for i, pair in enumerate(pairs) for axis in pair}
-    shapes = []
-    for i, (b, a) in enumerate(pairs):
-        out_b = out_axes[b] if last_gate[b] == i else in_axes[b]
-        out_a = out_axes[a] if last_gate[a] == i else in_axes[a]
-        shapes.append((out_b, out_a, in_axes[b], in_axes[a]))
-    return shapes
 
 
 @cache

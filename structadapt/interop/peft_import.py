@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from structadapt.adapter_file import FLOATS, AdapterFileError, SavedLayer, read_tensors
 from structadapt.adapters import DoRA
+from structadapt.bounds import few
 from structadapt.checkpoint import fill, refuse_misfit
 from structadapt.interop.peft_config import (
     ADVICE,
@@ -35,12 +36,12 @@ from structadapt.ops import wide_dtype
 from structadapt.refusals import refuse_wrong_order
 from structadapt.targets import near
 
-MAGNITUDE = "lora_magnitude_vector"
+MAGNITUDE = "lora_magnitude_vector"  # PEFT also wrote it with ".weight" behind
 FACTORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 # Longer names first: "base_layer.bias" also ends with "bias".
 PARTS = (
     *FACTORS,
-    *("lora_B.bias", "lora_magnitude_vector.weight", "lora_magnitude_vector"),
+    *("lora_B.bias", f"{MAGNITUDE}.weight", MAGNITUDE),
     *("base_layer.weight", "base_layer.bias", "weight", "bias"),
 )
 
@@ -80,8 +81,7 @@ def load_peft(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 def _raise(folder: Path, problems: list[str]) -> None:
     """Raise what keeps the folder from this model, if anything does."""
     if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise AdapterFileError(f"{folder}: {'; '.join(problems[:3])}{more}")
+        raise AdapterFileError(f"{folder}: {few(problems, between='; ')}")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ def _by_layer(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, T
         if tensor.dtype not in FLOATS:
             raise AdapterFileError(f"{folder}: {key} is {tensor.dtype}")
         name = key[len(PREFIX) : -len(part) - 1]
-        parts.setdefault(name, {})[part.replace("vector.weight", "vector")] = tensor
+        parts.setdefault(name, {})[part.replace(f"{MAGNITUDE}.weight", MAGNITUDE)] = tensor
     return parts
 
 
@@ -235,6 +235,3 @@ def _left_over(
                     f"it differs from the model's; {ADVICE}"
                 )
     return problems
-
-
-# -- putting them on -------------------------------------------------------------------------------

@@ -5,25 +5,27 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from structadapt.spectra.contents import OF_A_RUN, RUN
 from structadapt.spectra.places import places_of
 from structadapt.spectra.progress import Progress, flops
+from structadapt.spectra.reading import (
+    Matrix,
+    Opened,
+    Patterns,
+    Source,
+    base_of_run,
+    open_source,
+)
 from structadapt.spectra.report import Report
 from structadapt.spectra.rows import Found, Settings, look
-from structadapt.spectra.sources import Matrix, Opened, Source, open_source
-
-BASE = "base.safetensors"  # beside the adapter of a training run
-Patterns = str | Iterable[str] | None
 
 
 def analyze(
@@ -67,7 +69,7 @@ def analyze(
     """
     began = time.perf_counter()
     settings = Settings(method, _device(device), strict, relations)
-    base = _of_run(source) if base is None else base
+    base = base_of_run(source) if base is None else base
     opened = open_source(
         source, base, allow_missing=allow_missing, include=include, exclude=exclude
     )
@@ -88,16 +90,6 @@ def analyze(
     skipped = [asdict(entry) for entry in opened.skipped]
     rows = [item.row for item in found]
     return Report(rows, skipped, _notes(opened, found), _spectra(found), about)
-
-
-def _of_run(source: Source) -> Source | None:
-    """The base of a training run's folder, `structadapt grpo --out`, if it is one."""
-    if isinstance(source, str | os.PathLike):
-        run = Path(source)
-        base = run / BASE
-        if base.is_file() and (run / RUN).is_file() and any((run / n).exists() for n in OF_A_RUN):
-            return base
-    return None
 
 
 def label(source: Source) -> str:

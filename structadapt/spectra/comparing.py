@@ -10,10 +10,10 @@ from typing import Any
 from structadapt.spectra import plots, similarity
 from structadapt.spectra.analysis import analyze
 from structadapt.spectra.columns import head
-from structadapt.spectra.report import Report, shown, spread, usable
-from structadapt.spectra.sources import Source
+from structadapt.spectra.reading import Source
+from structadapt.spectra.report import Report, by_kind, shown, spread, usable
 
-MEASURES = (
+COMPARED = (
     "effective_rank",
     "effective_rank_cut",
     "effective_rank_energy",
@@ -42,10 +42,11 @@ class Comparison:
     def rows(self) -> list[dict[str, Any]]:
         """One record a name and kind: {name, kind, count, and for each measure its median, q25,
         q75, low and high over the matrices that all reports have}."""
+        shared = self.shared()
         return [
             {"name": name, "kind": kind, "count": len(rows), **spread(rows)}
             for name, report in self.reports.items()
-            for kind, rows in _by_kind(report, self.shared()).items()
+            for kind, rows in by_kind(r for r in report.rows if r["name"] in shared).items()
         ]
 
     def shared(self) -> set[str]:
@@ -55,7 +56,7 @@ class Comparison:
     def to_markdown(self) -> str:
         """The medians as a Markdown table, and one of the similarity of adapters."""
         rows = self.rows()
-        columns = [m for m in MEASURES if any(m in row for row in rows)]
+        columns = [m for m in COMPARED if any(m in row for row in rows)]
         heads = (head(m).replace("|", "\\|") for m in columns)
         lines = ["| " + " | ".join(["name", "kind", "matrices", *heads]) + " |"]
         lines.append("|---|---|" + "--:|" * (len(columns) + 1))
@@ -101,14 +102,6 @@ def compare(
 
 def _names(report: Report) -> set[str]:
     return {row["name"] for row in report.rows if usable(row)}
-
-
-def _by_kind(report: Report, names: set[str]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in report.rows:
-        if row["name"] in names and usable(row):
-            groups.setdefault(row["kind"], []).append(row)
-    return groups
 
 
 def _notes(reports: Mapping[str, Report]) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from structadapt.files import write_atomically
 from structadapt.spectra.nulls import triangle
-from structadapt.spectra.report import NAMELESS, Report, Row, by_type
+from structadapt.spectra.report import NAMELESS, Record, Report, by_type, middle, usable
 
 # Okabe & Ito (2008), yellow left out: it is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -69,12 +69,10 @@ def label(name: Any, width: int = 40) -> str:
     text = "".join(c if c.isprintable() else "?" for c in text)
     text = text if text.strip() else NAMELESS  # matplotlib would make up another one
     text = f" {text}" if text.startswith("_") else text  # which a legend leaves out
-    if len(text) > width:
-        text = f"{text[: width // 3]}...{text[-(width - width // 3 - 3) :]}"
-    return text.replace("$", r"\$")
+    return middle(text, width).replace("$", r"\$")
 
 
-def curve(report: Report, row: Row) -> np.ndarray:
+def curve(report: Report, row: Record) -> np.ndarray:
     """s_i / s_1 of one row, i from 1 to its largest possible rank; NaN for what is 0."""
     s = np.asarray(report.spectrum(row["name"], row["kind"]), dtype=np.float64)[: row["max_rank"]]
     if not len(s) or s[0] <= 0:
@@ -82,17 +80,17 @@ def curve(report: Report, row: Row) -> np.ndarray:
     return np.where(s > 0, s / s[0], np.nan)
 
 
-def drawable(report: Report) -> list[Row]:
+def drawable(report: Report) -> list[Record]:
     """The rows with a spectrum that is not all 0; the whole update of a module, where there is
     one, and not its direction too."""
     rows = {}
     for row in report.rows:
-        if row["status"] != "skipped" and row["frobenius_norm"]:
+        if usable(row) and row["frobenius_norm"]:
             rows[row["name"]] = row  # the later one is the whole update
     return list(rows.values())
 
 
-def few_types(reports: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
+def few_types(reports: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
     """The rows of each report, with at most TYPES module types in all: where there are more, those
     of the fewest matrices are one, "others"."""
     every = by_type(row for rows in reports.values() for row in rows)
@@ -115,7 +113,7 @@ def at_shares(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
     return np.interp(shares, own, values, left=np.nan)
 
 
-def random_curves(rows: Sequence[Row]) -> list[np.ndarray]:
+def random_curves(rows: Sequence[Record]) -> list[np.ndarray]:
     """s_i of random matrices like those of the rows: a few draws for each kind of shape."""
     kinds: dict[tuple[tuple[int, int], int], None] = {}
     for row in rows:
@@ -136,7 +134,9 @@ def _random(shape: tuple[int, int], rank: int, seed: int) -> np.ndarray:
     return np.linalg.svd(triangle(generator, longer, n), compute_uv=False)
 
 
-def grid(layers: Sequence[Any], types: Sequence[str], rows: Sequence[Row], name: str) -> np.ndarray:
+def grid(
+    layers: Sequence[Any], types: Sequence[str], rows: Sequence[Record], name: str
+) -> np.ndarray:
     """(layers, types) of the median of one measure; NaN where there is none."""
     cells: dict[tuple[int, int], list[float]] = defaultdict(list)
     for row in rows:
@@ -149,6 +149,6 @@ def grid(layers: Sequence[Any], types: Sequence[str], rows: Sequence[Row], name:
     return values
 
 
-def layers_of(rows: Sequence[Row]) -> list[Any]:
+def layers_of(rows: Sequence[Record]) -> list[Any]:
     """The layers in order, None first for what is in no layer."""
     return sorted({row["layer"] for row in rows}, key=lambda n: -1 if n is None else n)

@@ -23,7 +23,7 @@ LEAF = 256  # rows of a Gram matrix that are multiplied whole
 CHUNK = 2**22  # values that are float64 at a time: 32 MiB
 METHODS = ("auto", "gram", "svd")
 
-Rows = Tensor | Iterable[Tensor]
+Slices = Tensor | Iterable[Tensor]
 
 
 class NonFiniteError(ValueError):
@@ -50,7 +50,7 @@ class Spectrum:
 
 
 def spectrum(
-    rows: Rows,
+    rows: Slices,
     shape: tuple[int, int] | None = None,
     method: str = "auto",
     device: str | torch.device = "cpu",
@@ -110,30 +110,24 @@ def factor_spectrum(B: Tensor, A: Tensor) -> Spectrum:
 
 
 def eigenvectors(
-    rows: Rows, shape: tuple[int, int] | None = None, device: str | torch.device = "cpu"
+    rows: Slices, shape: tuple[int, int] | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """(s (j,), vectors (n, j)) of the smaller side n = min(m, k), leading first, on the device:
     right singular vectors of a tall or square matrix, left ones of a wide one, those above the Gram
     floor. Arguments and errors as for `spectrum`."""
-    s, vectors, unit = _eigen(rows, _checked_shape(rows, shape), device)
-    return _scale(s, unit), vectors
-
-
-def _eigen(
-    rows: Rows, shape: tuple[int, int], device: str | torch.device
-) -> tuple[Tensor, Tensor, int]:
+    shape = _checked_shape(rows, shape)
     n = min(shape)
     G, unit = _gram(_columns(rows, shape, device), n, device)
     energy, vectors = torch.linalg.eigh(G)
     energy, vectors = energy.flip(0).clamp(min=0), vectors.flip(1)
     j = int((energy > n * EPS * (energy[0].item() if n else 0.0)).sum())
-    return energy[:j].sqrt(), vectors[:, :j], unit
+    return _scale(energy[:j].sqrt(), unit), vectors[:, :j]
 
 
 # -- slices ----------------------------------------------------------------------------------------
 
 
-def _checked_shape(rows: Rows, shape: tuple[int, int] | None) -> tuple[int, int]:
+def _checked_shape(rows: Slices, shape: tuple[int, int] | None) -> tuple[int, int]:
     if isinstance(rows, Tensor):
         if rows.dim() != 2:
             raise ValueError(f"expected a matrix, got shape {tuple(rows.shape)}")
@@ -146,7 +140,7 @@ def _checked_shape(rows: Rows, shape: tuple[int, int] | None) -> tuple[int, int]
 
 
 def _columns(
-    rows: Rows, shape: tuple[int, int], device: str | torch.device
+    rows: Slices, shape: tuple[int, int], device: str | torch.device
 ) -> Iterator[tuple[float, Tensor]]:
     """The matrix, with its smaller side n first, in pieces (n, c) in float64, and the largest
     value, without sign, of what a piece was cut from."""
@@ -173,7 +167,7 @@ def _columns(
 
 
 def _slices(
-    rows: Rows, shape: tuple[int, int], device: str | torch.device
+    rows: Slices, shape: tuple[int, int], device: str | torch.device
 ) -> Iterator[tuple[float, Tensor]]:
     """Each slice on the device, and its largest value without sign; errors for what is no part
     of a finite matrix of this shape."""

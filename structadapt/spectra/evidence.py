@@ -7,7 +7,7 @@ direction gives an update of one, and it is right.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from structadapt.spectra.report import WITHOUT_BASE, Report, Row, is_matrix, shown
+from structadapt.spectra.report import WITHOUT_BASE, Record, Report, is_matrix, shown
 
 FINE = (  # reasons to leave a tensor out that are no loss
     "the same storage as",
@@ -41,14 +41,14 @@ class Finding:
         return {"kind": self.kind, "name": self.name, "evidence": self.evidence}
 
 
-Rule = Callable[[Row, Limits], tuple[str, float] | None]  # (evidence, weight)
+Rule = Callable[[Record, Limits], tuple[str, float] | None]  # (evidence, weight)
 
 
-def _nonfinite(row: Row, t: Limits) -> tuple[str, float] | None:
+def _nonfinite(row: Record, t: Limits) -> tuple[str, float] | None:
     return (row["reason"], 1e9) if "not finite" in row["reason"] else None
 
 
-def _concentrated(row: Row, t: Limits) -> tuple[str, float] | None:
+def _concentrated(row: Record, t: Limits) -> tuple[str, float] | None:
     top = row["topk_energy"]
     if top is None or top < t.concentrated or row["max_rank"] < 3 or not row["frobenius_norm"]:
         return None
@@ -56,28 +56,28 @@ def _concentrated(row: Row, t: Limits) -> tuple[str, float] | None:
     return words + _beside(row, "topk_energy", "{:.1%}"), top / max(t.concentrated, 1e-9)
 
 
-def _oversized(row: Row, t: Limits) -> tuple[str, float] | None:
+def _oversized(row: Record, t: Limits) -> tuple[str, float] | None:
     size = row["relative_spectral"]
     if size is None or size < t.oversized:
         return None
     return f"s_1(dW) is {shown(size, 3)} times s_1(W)", size / max(t.oversized, 1e-9)
 
 
-def _collapsed(row: Row, t: Limits) -> tuple[str, float] | None:
+def _collapsed(row: Record, t: Limits) -> tuple[str, float] | None:
     one, other = _concentrated(row, t), _oversized(row, t)
     if one is None or other is None:
         return None
     return f"{one[0]}; {other[0]}", 10 * max(one[1], other[1])
 
 
-def _intruders(row: Row, t: Limits) -> tuple[str, float] | None:
+def _intruders(row: Record, t: Limits) -> tuple[str, float] | None:
     count = row["intruders"]
     if count is None or count < t.intruders or not count:
         return None
     return f"{count} of the top 10 left vectors of W' are like none of W", count / 10
 
 
-def _rounding(row: Row, t: Limits) -> tuple[str, float] | None:
+def _rounding(row: Record, t: Limits) -> tuple[str, float] | None:
     raw, cut = row["effective_rank"], row["effective_rank_cut"]
     if raw is None or cut is None or raw <= 2 * cut or not row["frobenius_norm"]:
         return None
@@ -140,6 +140,6 @@ def incomplete(report: Report) -> bool:
     return failed or any(not reason.startswith(FINE) for reason in left_out)
 
 
-def _beside(row: Row, measure: str, form: str) -> str:
+def _beside(row: Record, measure: str, form: str) -> str:
     null = row.get(f"{measure}_null")
     return "" if null is None else f" (random: {form.format(null)})"

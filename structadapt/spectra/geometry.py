@@ -6,7 +6,7 @@ n = 4096, as in arXiv 2511.08567.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from structadapt.spectra import engine, relations
-from structadapt.spectra.sources import Matrix
+from structadapt.spectra.reading import Matrix, Rows
 
 LARGEST, SHARE = 512, 8  # of the directions that are principal
 INTRUDERS, SIMILAR = 10, 0.5  # leading vectors of W' that are looked at, and when one is known
-
-Rows = Callable[[], Iterator[Tensor]]
 
 
 def principal(shape: tuple[int, int]) -> int:

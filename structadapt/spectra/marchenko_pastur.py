@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from structadapt.spectra.measures import Spectrum, spectral_norm
+from structadapt.spectra.measures import SingularValues, spectral_norm
 
 # Of the Tracy-Widom law of real matrices (beta = 1): Bejan 2005, table 2.
 TRACY_WIDOM = {0.95: 0.9793, 0.99: 2.0234, 0.999: 3.2724}
@@ -32,7 +32,7 @@ class Spikes:
 
 
 def spikes(
-    s: Spectrum,
+    s: SingularValues,
     shape: tuple[int, int],
     estimator: str = "elementwise",
     quantile: float = 0.99,
@@ -77,11 +77,9 @@ def spikes(
     )
 
 
-def summary(
-    s: Spectrum, shape: tuple[int, int], estimator: str = "elementwise"
-) -> dict[str, float | int | None]:
+def summary(s: SingularValues, shape: tuple[int, int]) -> dict[str, float | int | None]:
     """`spikes` by the names that a report uses."""
-    found = spikes(s, shape, estimator)
+    found = spikes(s, shape)
     return {"mp_spikes": found.count, "mp_spike_energy": found.energy}
 
 

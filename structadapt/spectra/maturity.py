@@ -12,12 +12,13 @@ from structadapt.spectra.report import (
     NothingToShowError,
     Report,
     by_type,
+    middle,
     path_shown,
     quartiles,
     shown,
     usable,
 )
-from structadapt.spectra.tables import TYPES, aligned, middle
+from structadapt.spectra.tables import TYPES, aligned
 
 RATIOS = ("effective_rank_ratio", "stable_rank_ratio", "alpha_median_ratio")
 SPIKES = ("mp_spikes", "mp_spike_energy")

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from structadapt.spectra import engine
 
-Spectrum = Tensor | np.ndarray | Sequence[float]
+SingularValues = Tensor | np.ndarray | Sequence[float]
 Number = TypeVar("Number", float, int)
 
 
-def _values(s: Spectrum) -> Tensor:
+def _values(s: SingularValues) -> Tensor:
     """Singular values in float64 on the CPU, checked."""
     values = s if isinstance(s, Tensor) else torch.as_tensor(s, dtype=torch.float64)
     values = values.detach().to("cpu", torch.float64)
@@ -43,7 +43,7 @@ def _measure(function: Callable[..., Number]) -> Callable[..., Number]:
     """Check the singular values, hand them on over the largest, and answer 0 for a zero matrix."""
 
     @wraps(function)
-    def checked(s: Spectrum, *args: Any, **kwargs: Any) -> Number:
+    def checked(s: SingularValues, *args: Any, **kwargs: Any) -> Number:
         values = _values(s)
         largest = values.max().item() if len(values) else 0.0
         if largest == 0:  # asked of 1, so that the arguments are checked all the same
@@ -151,19 +151,19 @@ def _energy(s: Tensor) -> Tensor:
 # -- size ------------------------------------------------------------------------------------------
 
 
-def spectral_norm(s: Spectrum) -> float:
+def spectral_norm(s: SingularValues) -> float:
     """The largest singular value. (WeightWatcher's column of this name is its square.)"""
     values = _values(s)
     return values.max().item() if len(values) else 0.0
 
 
-def frobenius_norm(s: Spectrum) -> float:
+def frobenius_norm(s: SingularValues) -> float:
     """sqrt(sum s^2), the root of the sum of all squared entries."""
     values, largest = _values(s), spectral_norm(s)
     return largest * torch.linalg.vector_norm(values / largest).item() if largest else 0.0
 
 
-def nuclear_norm(s: Spectrum) -> float:
+def nuclear_norm(s: SingularValues) -> float:
     """sum s."""
     return _values(s).sum().item()
 
@@ -197,12 +197,12 @@ def noise_edge(step: float, shape: tuple[int, int]) -> float:
     return step / math.sqrt(12) * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
 
 
-def rank_above_noise(s: Spectrum, edge: float) -> int:
+def rank_above_noise(s: SingularValues, edge: float) -> int:
     """How many singular values exceed the noise edge: the rank that survived rounding."""
     return len(above_noise(s, edge))
 
 
-def above_noise(s: Spectrum, edge: float) -> Tensor:
+def above_noise(s: SingularValues, edge: float) -> Tensor:
     """The singular values above the noise edge, for any measure after the cut."""
     values = _values(s)
     return values[values > edge]
@@ -212,7 +212,7 @@ def above_noise(s: Spectrum, edge: float) -> Tensor:
 
 
 def summary(
-    s: Spectrum, shape: tuple[int, int], dtype: torch.dtype = torch.float32, edge: float = 0.0
+    s: SingularValues, shape: tuple[int, int], dtype: torch.dtype = torch.float32, edge: float = 0.0
 ) -> dict[str, float | int | None]:
     """Every measure of this file by name, of a matrix of this shape.
 

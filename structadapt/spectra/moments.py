@@ -21,6 +21,7 @@ from torch import Tensor
 SQUARINGS = 20  # p_1 is a mean of energies weighed by their 2^20th power
 SKETCH, PROBES = 8, 16  # vectors for what is concentrated, and for the rest
 ROUNDS = 3  # of subspace iteration
+NORM_ROUNDS, NORM_BLOCK = 6, 8  # the same, and its vectors, for one norm
 Linear = Callable[[Tensor], Tensor]  # x (n, in) -> x dW^T (n, out)
 
 
@@ -122,7 +123,7 @@ def null(rank: int, out_features: int, in_features: int) -> float:
     return 1 / (1 / rank + 1 / out_features + 1 / in_features)
 
 
-def spectral_norm(W: Tensor, rounds: int = 6, block: int = 8) -> Tensor:
+def spectral_norm(W: Tensor) -> Tensor:
     """The largest singular value of W (out, in), a scalar in fp32 or float64 on its device.
 
     Subspace iteration from a seeded Gaussian block: never above the true value, and 2 % below it
@@ -130,8 +131,8 @@ def spectral_norm(W: Tensor, rounds: int = 6, block: int = 8) -> Tensor:
     """
     W = W if W.dtype in (torch.float32, torch.float64) else W.float()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(min(block, *W.shape), W.shape[1], generator=generator).to(W)
-    for _ in range(rounds):  # as rows: on a CPU W^T times a few columns is ten times slower
+    x = torch.randn(min(NORM_BLOCK, *W.shape), W.shape[1], generator=generator).to(W)
+    for _ in range(NORM_ROUNDS):  # as rows: on a CPU W^T times a few columns is ten times slower
         y = torch.linalg.qr((x @ W.T).T).Q.T.contiguous()
         x = y @ W
     F, _, p_1 = of_core(x.double() @ x.double().T)

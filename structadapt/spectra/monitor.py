@@ -1,7 +1,6 @@
 """Watch the updates of a model while it trains, and say when they are about to ruin it."""
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -14,8 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from structadapt.adapted import sharded_as
+from structadapt.bounds import few
 from structadapt.files import write_atomically
 from structadapt.spectra import states, updates
+from structadapt.spectra.report import plain
 from structadapt.spectra.states import MEASURES, NOT_JUDGED, Judge, Row, Thresholds
 
 ROWS_KEPT = 20_000  # of the history; older readings keep medians and bands
@@ -41,7 +42,7 @@ class Reading:
 
     def to_dict(self) -> dict[str, Any]:
         """The reading as JSON has it; None for what is not finite."""
-        return _finite(asdict(self))
+        return plain(asdict(self))
 
 
 class _Step(Protocol):
@@ -167,9 +168,8 @@ class Monitor:
         new = [name for name, why in unseen.items() if self.not_watched.get(name) != why]
         self.not_watched.update(unseen)
         if new:
-            named = ", ".join(new[:3]) + (f" and {len(new) - 3} more" if new[3:] else "")
             warnings.warn(
-                f"the monitor does not watch {named}: {unseen[new[0]]} (see not_watched)",
+                f"the monitor does not watch {few(new)}: {unseen[new[0]]} (see not_watched)",
                 stacklevel=3,
             )
 
@@ -263,11 +263,3 @@ def _reading(kept: dict[str, Any]) -> Reading:
     rows = tuple(Row(**{**row, "shape": tuple(row["shape"])}) for row in kept["rows"])
     bands = {name: (band[0], band[1], band[2]) for name, band in kept["bands"].items()}
     return Reading(**{**kept, "rows": rows, "bands": bands})
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,12 +13,12 @@ from structadapt.spectra.columns import COLUMNS, head, meaning
 from structadapt.spectra.evidence import RULES, Finding
 from structadapt.spectra.report import (
     NothingToShowError,
+    Record,
     Report,
-    Row,
     Where,
+    by_kind,
     path_shown,
     shown,
-    usable,
 )
 
 CAPTIONS = {
@@ -45,10 +45,9 @@ def write(
     monitor.jsonl of a run, for its curves. Without matplotlib the page says so.
     """
     title = f"Spectra of {shown(report.about.get('source'))}"
-    rows = [row for row in report.rows if usable(row)]
     parts = [f"<h1>{_text(title)}</h1>", *map(_paragraph, tables.read(report)[:20])]
     parts += [_coverage(report), *(_paragraph(f"Note: {shown(note)}") for note in report.notes)]
-    parts += [_findings(found), *_worst(rows), *_types(report)]
+    parts += [_findings(found), *_worst(report.rows), *_types(report)]
     if maturity:
         parts.append(f"<h2>Frozen weights</h2><div class=wide><pre>{_lines(maturity)}</pre></div>")
     parts += ["<h2>Pictures</h2>", *_pictures(report, monitor), *_modules(report.rows)]
@@ -96,10 +95,9 @@ def _findings(found: Sequence[Finding]) -> str:
     return title + _table(few, "text") + more + quiet
 
 
-def _worst(rows: Sequence[Row]) -> list[str]:
+def _worst(rows: Sequence[Record]) -> list[str]:
     parts = []
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        group = [row for row in rows if row["kind"] == kind]
+    for kind, group in by_kind(rows).items():
         title = f"{tables.PLURALS[kind]}: worst of {len(group)}".capitalize()
         parts.append(f"<h2>{_text(title)}</h2>" + _table(tables.worst_cells(group)))
     return parts
@@ -131,7 +129,7 @@ def _figure(path: Path) -> str:
     return markup.figure(path, CAPTIONS[path.stem])
 
 
-def _modules(rows: Sequence[Row]) -> list[str]:
+def _modules(rows: Sequence[Record]) -> list[str]:
     columns = _filled(rows)
     cells = [list(map(head, columns))]
     cells += [[shown(row[column]) for column in columns] for row in rows]
@@ -139,7 +137,7 @@ def _modules(rows: Sequence[Row]) -> list[str]:
     return ["<h2>Modules</h2>" + markup.folded(what, _table(cells))]
 
 
-def _glossary(rows: Sequence[Row]) -> str:
+def _glossary(rows: Sequence[Record]) -> str:
     cells = [["field", "column", "meaning"]]
     cells += [[name, head(name), meaning(name)] for name in _filled(rows)]
     intro = (
@@ -150,7 +148,7 @@ def _glossary(rows: Sequence[Row]) -> str:
     return markup.folded("What the columns mean", table)
 
 
-def _filled(rows: Sequence[Row]) -> list[str]:
+def _filled(rows: Sequence[Record]) -> list[str]:
     """The columns in which something stands; with `name` first."""
     return [c for c in COLUMNS if any(row[c] not in (None, "") for row in rows)] or ["name"]
 

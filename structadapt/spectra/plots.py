@@ -34,7 +34,7 @@ from structadapt.spectra.drawing import (
     random_curves,
     written,
 )
-from structadapt.spectra.report import NothingToShowError, Report, Row, by_type
+from structadapt.spectra.report import NothingToShowError, Record, Report, by_type
 
 Where = str | os.PathLike[str]
 FEW = 12  # matrices that get a line of their own
@@ -109,17 +109,15 @@ def energy(report: Report, path: Where) -> Path:
     return written(figure, path)
 
 
-def heatmap(
-    reports: Mapping[str, Report], path: Where, measures: Sequence[str] | None = None
-) -> Path:
+def heatmap(reports: Mapping[str, Report], path: Where) -> Path:
     """Layer by module type, one picture a measure and report; one scale for all reports."""
     rows = few_types({name: drawable(report) for name, report in reports.items()})
     every = [row for group in rows.values() for row in group]
     if not every:
         raise NothingToShowError("nothing to draw: every matrix is zero or was left out")
     kinds = {row["kind"] for row in every}
-    wanted = measures or (OF_WEIGHTS if kinds == {"weight"} else OF_UPDATES)
-    wanted = [m for m in wanted if any(row[m] is not None for row in every)]
+    measures = OF_WEIGHTS if kinds == {"weight"} else OF_UPDATES
+    wanted = [m for m in measures if any(row[m] is not None for row in every)]
     types, layers = list(by_type(every)), layers_of(every)
     wide = max(2.6, 0.62 * len(types)) + 1.3
     tall = min(max(1.6, 0.24 * len(layers)), TALLEST) + 0.9 + 0.075 * max(map(len, types))
@@ -219,7 +217,7 @@ def _records(path: Where) -> list[dict[str, Any]]:
     return found
 
 
-def _curves(rows: Sequence[Row]) -> tuple[Any, Any, Any]:
+def _curves(rows: Sequence[Record]) -> tuple[Any, Any, Any]:
     """(figure, axes, x of row): by index where all have one rank, else by share of the rank."""
     same = len({row["max_rank"] for row in rows}) == 1
     figure = new_figure(8, 4.8)
@@ -230,20 +228,20 @@ def _curves(rows: Sequence[Row]) -> tuple[Any, Any, Any]:
     return figure, axes, _index if same else _share
 
 
-def _index(row: Row, indices: np.ndarray) -> np.ndarray:
+def _index(row: Record, indices: np.ndarray) -> np.ndarray:
     return indices + 1
 
 
-def _share(row: Row, indices: np.ndarray) -> np.ndarray:
+def _share(row: Record, indices: np.ndarray) -> np.ndarray:
     return (indices + 1) / row["max_rank"]
 
 
-def _named(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _named(rows: Sequence[Record]) -> dict[str, list[Record]]:
     """Each matrix by itself where they are few, else by module type."""
     return {row["name"]: [row] for row in rows} if len(rows) <= FEW else by_type(rows)
 
 
-def _lines(axes: Any, rows: Sequence[Row], found: Sequence[np.ndarray], x_of: Any) -> list[Any]:
+def _lines(axes: Any, rows: Sequence[Record], found: Sequence[np.ndarray], x_of: Any) -> list[Any]:
     """One line a matrix; of many, thin ones and the median of each type. The legend's handles."""
     groups = _named(rows)
     style, handles = Lines(groups), []
@@ -268,7 +266,7 @@ def _lines(axes: Any, rows: Sequence[Row], found: Sequence[np.ndarray], x_of: An
     return handles
 
 
-def _thin(group: Sequence[Row], values: Mapping[int, np.ndarray], x_of: Any, colour: str) -> Any:
+def _thin(group: Sequence[Record], values: Mapping[int, np.ndarray], x_of: Any, colour: str) -> Any:
     from matplotlib.collections import LineCollection
 
     lines = []

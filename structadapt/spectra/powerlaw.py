@@ -44,12 +44,12 @@ def fit(eigenvalues: Eigenvalues, threshold: float | None = None) -> PowerLaw | 
 
 
 def clip_range(
-    eigenvalues: Eigenvalues, threshold: float | None = None, most: int = CLIPPED
+    eigenvalues: Eigenvalues, threshold: float | None = None
 ) -> tuple[float, float] | None:
-    """(least, largest) alpha of the fits without the 1, 2, ... `most` largest eigenvalues: wide
+    """(least, largest) alpha of the fits without the 1, 2, ... CLIPPED largest eigenvalues: wide
     if a few of them make the fit. `threshold` and None as for `fit`."""
     log = _log_above(eigenvalues, threshold)
-    clipped = (log[:-drop] for drop in range(1, most + 1) if len(log) - drop >= LEAST)
+    clipped = (log[:-drop] for drop in range(1, CLIPPED + 1) if len(log) - drop >= LEAST)
     alphas = [law.alpha for law in map(_fit, clipped) if law]
     return (min(alphas), max(alphas)) if alphas else None
 
@@ -65,11 +65,11 @@ def alpha_median(eigenvalues: Eigenvalues, threshold: float | None = None) -> fl
     return float(1 + len(tail) / excess) if excess > 0 else None
 
 
-def summary(s: Eigenvalues, threshold: float | None = None) -> dict[str, float | int | None]:
+def summary(s: Eigenvalues) -> dict[str, float | int | None]:
     """Everything of this file, from singular values s, by the names that a report uses."""
     eigenvalues = np.square(_array(s))
-    law = fit(eigenvalues, threshold)
-    low, high = clip_range(eigenvalues, threshold) or (None, None)
+    law = fit(eigenvalues)
+    low, high = clip_range(eigenvalues) or (None, None)
     return {
         "alpha": law and law.alpha,
         "alpha_n_tail": law and law.n_tail,
@@ -77,7 +77,7 @@ def summary(s: Eigenvalues, threshold: float | None = None) -> dict[str, float |
         "alpha_sigma": law and law.sigma,
         "alpha_clip_low": low,
         "alpha_clip_high": high,
-        "alpha_median": alpha_median(eigenvalues, threshold),
+        "alpha_median": alpha_median(eigenvalues),
     }
 
 

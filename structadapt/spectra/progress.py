@@ -12,15 +12,13 @@ from structadapt.spectra.report import shown
 Progress = Callable[[int, int, float, str], None]  # (done, all, share of the work, name)
 
 
-def flops(shape: tuple[int, int], rank: int | None = None) -> float:
-    """Operations for the singular values of a matrix (out, in), of rank factors if there are any.
+def flops(shape: tuple[int, int]) -> float:
+    """Operations for the singular values of a matrix (out, in).
 
     The Gram matrix of the smaller side n takes 2 n out in, its eigenvalues about 2.4 n^3 of the
     same speed (measured at n = 4096).
     """
     n = min(shape)
-    if rank is not None and rank < n:
-        return 4.0 * sum(shape) * rank**2 + 20.0 * rank**3
     return 2.0 * n * shape[0] * shape[1] + 2.4 * n**3
 
 

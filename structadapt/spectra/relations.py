@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from structadapt.spectra.measures import Spectrum
+from structadapt.spectra.measures import SingularValues
 
-Update = Tensor | tuple[Tensor, Tensor]  # dW (m, k), or its factors B (m, r), A (r, k)
+Delta = Tensor | tuple[Tensor, Tensor]  # dW (m, k), or its factors B (m, r), A (r, k)
 
 
-def nss_drift(tuned: Spectrum, base: Spectrum) -> float:
+def nss_drift(tuned: SingularValues, base: SingularValues) -> float:
     """Normalised spectral shift |s(W+) - s(W)|_2 / |s(W)|_2, values matched by size (Zhu et al.
     2025, arXiv 2511.08567).
 
@@ -31,7 +31,7 @@ def nss_drift(tuned: Spectrum, base: Spectrum) -> float:
     return _ratio((a - b).norm().item(), b.norm().item())
 
 
-def relative_size(update: Spectrum, base: Spectrum) -> dict[str, float]:
+def relative_size(update: SingularValues, base: SingularValues) -> dict[str, float]:
     """{"relative_norm": |dW|_F / |W|_F, "relative_spectral": s_1(dW) / s_1(W)}."""
     a, b = (torch.as_tensor(s, dtype=torch.float64) for s in (update, base))
     tops = [s.max().item() if len(s) else 0.0 for s in (a, b)]
@@ -95,7 +95,7 @@ class OffPrincipal:
     both_random: float
 
 
-def off_principal_energy(update: Update, U: Tensor, V: Tensor) -> OffPrincipal | None:
+def off_principal_energy(update: Delta, U: Tensor, V: Tensor) -> OffPrincipal | None:
     """How much of an update lies off the leading singular vectors U (m, j), V (k, j) of its base
     (of the family of arXiv 2511.08567). With the trailing vectors instead, one minus it is what
     lies on them. None for an update of zeros."""

@@ -17,7 +17,7 @@ import safetensors.numpy
 from structadapt.files import whole_folder, write_atomically
 from structadapt.spectra.columns import COLUMNS, CONVENTIONS, SCHEMA
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 Where = str | os.PathLike[str]
 WITHOUT_BASE = "without its base: "  # a row's reason, where one was asked for
 NAMELESS = "(no name)"
@@ -40,7 +40,7 @@ class Report:
     about: source, base, files with their sizes, method, device, versions, seconds.
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Record] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     spectra: dict[str, np.ndarray] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Report:
             "conventions": CONVENTIONS,
             **self.about,
         }
-        return _plain(whole)
+        return plain(whole)
 
     def to_json(self, path: Where) -> None:
         """Write `to_dict()` as strict JSON: {"rows": [...], "skipped": [...], ...}."""
@@ -106,7 +106,7 @@ class Report:
         q75, low and high}, over the rows that have one. KeyError for what is no column."""
         if by not in COLUMNS:
             raise KeyError(f"{by!r} is no column: {', '.join(COLUMNS)}")
-        groups: dict[tuple[Any, str], list[Row]] = defaultdict(list)
+        groups: dict[tuple[Any, str], list[Record]] = defaultdict(list)
         for row in self.rows:
             groups[row[by], row["kind"]].append(row)
         return [
@@ -148,26 +148,35 @@ def is_matrix(entry: dict[str, Any]) -> bool:
     return len(entry["shape"]) > 1 and entry["dtype"] not in ("int64", "bool")
 
 
-def usable(row: Row) -> bool:
+def usable(row: Record) -> bool:
     """Whether a row has values."""
     return row["status"] != "skipped"
 
 
-def by_type(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def by_type(rows: Iterable[Record]) -> dict[str, list[Record]]:
     """The rows of each module type."""
-    groups: dict[str, list[Row]] = defaultdict(list)
+    groups: dict[str, list[Record]] = defaultdict(list)
     for row in rows:
         groups[row["module_type"]].append(row)
     return groups
 
 
-def spread(rows: list[Row]) -> dict[str, dict[str, float]]:
+def by_kind(rows: Iterable[Record]) -> dict[str, list[Record]]:
+    """The rows with values of each kind."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for row in rows:
+        if usable(row):
+            groups[row["kind"]].append(row)
+    return dict(groups)
+
+
+def spread(rows: list[Record]) -> dict[str, dict[str, float]]:
     """`quartiles` of every numeric column."""
     found = {column: quartiles(rows, column) for column in COLUMNS if column != "layer"}
     return {column: values for column, values in found.items() if values is not None}
 
 
-def quartiles(rows: Iterable[Row], column: str) -> dict[str, float] | None:
+def quartiles(rows: Iterable[Record], column: str) -> dict[str, float] | None:
     """{median, q25, q75, low, high} of one column over the rows that have a number there."""
     values = [row[column] for row in rows if isinstance(row[column], int | float)]
     if not values:
@@ -193,16 +202,23 @@ def path_shown(name: str) -> str:
     return text if text.strip() else NAMELESS
 
 
+def middle(name: str, width: int = 44) -> str:
+    """A name without its middle where it is too long: the ends tell modules apart."""
+    if len(name) <= width:
+        return name
+    return f"{name[: width // 3]}...{name[-(width - width // 3 - 3) :]}"
+
+
 def _no_formula(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def _plain(value: Any) -> Any:
-    """With lists for tuples and None for a number that is not finite."""
+def plain(value: Any) -> Any:
+    """As strict JSON has it: lists for tuples, None for a number that is not finite."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value

@@ -14,8 +14,8 @@ from structadapt.spectra import engine, marchenko_pastur, measures, nulls, power
 from structadapt.spectra.columns import COLUMNS, NULLED
 from structadapt.spectra.geometry import Vectors, lies
 from structadapt.spectra.places import Place
-from structadapt.spectra.report import WITHOUT_BASE, Row
-from structadapt.spectra.sources import Matrix
+from structadapt.spectra.reading import Matrix
+from structadapt.spectra.report import WITHOUT_BASE, Record
 
 # What one matrix may raise without an end to the run: files that changed, values that are not
 # finite, an iteration that does not converge, no memory for this one. The last two are of
@@ -42,7 +42,7 @@ class Settings:
 class Found:
     """A row, and the singular values it is made of; None where it was skipped."""
 
-    row: Row
+    row: Record
     s: Tensor | None = None
 
 
@@ -95,8 +95,8 @@ def _found(matrix: Matrix, place: Place, weight: Weight | None, settings: Settin
     return Found(row, spectrum.s)
 
 
-def _blank(matrix: Matrix, place: Place) -> Row:
-    row: Row = dict.fromkeys(COLUMNS)
+def _blank(matrix: Matrix, place: Place) -> Record:
+    row: Record = dict.fromkeys(COLUMNS)
     for field in ("name", "kind", "shape", "dtype", "source", "precision"):
         row[field] = getattr(matrix, field)
     row.update(layer=place[0], module_type=place[1], n_elements=math.prod(matrix.shape))

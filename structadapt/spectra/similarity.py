@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from structadapt.spectra.engine import EPS
+from structadapt.spectra.reading import Matrix, Patterns, Source, open_source
 from structadapt.spectra.relations import subspace_similarity
 from structadapt.spectra.report import shown
 from structadapt.spectra.rows import FAULTS
-from structadapt.spectra.sources import Matrix, Source, open_source
 
 SIDES = ("left", "right")
-Patterns = str | Iterable[str] | None
 
 
 def between(

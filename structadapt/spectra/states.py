@@ -56,7 +56,7 @@ class Row:
 
 
 def row_of(update: Any, base: Any, F: float, D_2: float, p_1: float, *drift: float) -> Row:
-    """A row of an `updates.Update` and its `updates.Base`, from what `updates.measure` found."""
+    """A row of an `updates.Tracked` and its `updates.Base`, from what `updates.measure` found."""
     norm, top = math.sqrt(F), math.sqrt(F * p_1)
     state = "healthy" if base.frobenius and base.spectral else NOT_JUDGED
     return Row(

@@ -6,13 +6,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from structadapt.bounds import few
 from structadapt.spectra.columns import head
 from structadapt.spectra.evidence import Finding
 from structadapt.spectra.report import (
+    Record,
     Report,
-    Row,
+    by_kind,
     by_type,
     is_matrix,
+    middle,
     path_shown,
     quartiles,
     shown,
@@ -69,14 +72,13 @@ def screen(report: Report, found: Sequence[Finding], colour: bool = False) -> st
     lines = [*read(report), *coverage(report), *(f"note: {shown(n)}" for n in report.notes)]
     if found:
         lines += ["", bold(f"findings: {counts(found)}", colour), *named(found)]
-    for kind in dict.fromkeys(row["kind"] for row in report.rows if usable(row)):
-        rows = [row for row in report.rows if row["kind"] == kind and usable(row)]
+    kinds = by_kind(report.rows)
+    for kind, rows in kinds.items():
         title = bold(f"{PLURALS[kind]}: worst of {len(rows)}", colour)
         lines += ["", title, *aligned(worst_cells(rows))]
     for kind, table in type_cells(report, TYPES):
         lines += ["", bold(f"{PLURALS[kind]} by module type", colour), *aligned(table)]
-        rows = [row for row in report.rows if row["kind"] == kind and usable(row)]
-        left = len(by_type(rows)) + 2 - len(table)
+        left = len(by_type(kinds[kind])) + 2 - len(table)
         lines += [f"  and {left} smaller types: --csv and --html have all"] if left else []
     return "\n".join(lines)
 
@@ -91,14 +93,14 @@ PLURALS = {
 
 def read(report: Report) -> list[str]:
     """What was read, and how its values came about."""
-    about, rows = report.about, [row for row in report.rows if usable(row)]
+    about = report.about
     sizes = sum(file["bytes"] for file in about.get("files", []))
     size = f" ({in_bytes(sizes)})" if sizes else ""
     base = f", base {shown(about['base'])}" if about.get("base") else ""
     what = f": {about['what']}" if about.get("what") else ""
     lines = [f"{shown(about.get('source'))}{base}{what}{size}"]
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        paths = _counted((r["precision"], r["method"]) for r in rows if r["kind"] == kind)
+    for kind, rows in by_kind(report.rows).items():
+        paths = _counted((row["precision"], row["method"]) for row in rows)
         ways = ", ".join(f"{count} from {how} by {by}" for (how, by), count in paths.items())
         lines.append(f"{PLURALS[kind]}: {ways}")
     return lines
@@ -115,9 +117,7 @@ def coverage(report: Report) -> list[str]:
     for entry in [*failed, *report.skipped]:
         groups[entry["reason"]].append(f"{path_shown(entry['name'])} ({shown(entry['shape'])})")
     for reason, names in list(groups.items())[:REASONS]:
-        more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
-        few = ", ".join(shown(name) for name in names[:NAMES])
-        lines.append(f"  left out: {few}{more}: {shown(reason)}")
+        lines.append(f"  left out: {shown(few(names, NAMES))}: {shown(reason)}")
     if len(groups) > REASONS:
         rest = list(groups.values())[REASONS:]
         lines.append(f"  left out: {sum(map(len, rest))} more for {len(rest)} other reasons")
@@ -134,7 +134,7 @@ def coverage(report: Report) -> list[str]:
     return lines
 
 
-def worst_cells(rows: Sequence[Row]) -> list[list[str]]:
+def worst_cells(rows: Sequence[Record]) -> list[list[str]]:
     """The modules that use the fewest directions beside a random matrix, with the figures."""
     updates = rows[0]["kind"] != "weight"
     columns = [c for c in EVIDENCE[updates] if any(row[c] is not None for row in rows)]
@@ -167,8 +167,7 @@ def type_cells(report: Report, most: int = 2**31) -> list[tuple[str, list[list[s
     """(kind, rows of cells, two of them heads): module type x median, IQR and worst layer, of so
     many types at most, those with the most matrices."""
     tables = []
-    for kind in dict.fromkeys(row["kind"] for row in report.rows if usable(row)):
-        rows = [row for row in report.rows if row["kind"] == kind and usable(row)]
+    for kind, rows in by_kind(report.rows).items():
         wanted = OF_WEIGHTS if kind == "weight" else OF_UPDATES
         measures = [m for m in wanted if any(row[m.name] is not None for row in rows)][:3]
         table = [["", "", *(cell for m in measures for cell in (head(m.name), "", ""))]]
@@ -183,13 +182,13 @@ def type_cells(report: Report, most: int = 2**31) -> list[tuple[str, list[list[s
     return tables
 
 
-def largest(groups: Mapping[str, list[Row]], most: int) -> dict[str, list[Row]]:
+def largest(groups: Mapping[str, list[Record]], most: int) -> dict[str, list[Record]]:
     """The groups of the most rows, at most so many, in the order they came in."""
     first = set(sorted(groups, key=lambda name: -len(groups[name]))[:most])
     return {name: rows for name, rows in groups.items() if name in first}
 
 
-def _spread(rows: list[Row], name: str, end: str) -> list[str]:
+def _spread(rows: list[Record], name: str, end: str) -> list[str]:
     """[median, interquartile range, worst with its layer] of one measure."""
     with_value = [row for row in rows if row[name] is not None]
     if not with_value:
@@ -213,13 +212,6 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for line in table
     ]
-
-
-def middle(name: str, width: int = 44) -> str:
-    """A name without its middle where it is too long: the ends tell modules apart."""
-    if len(name) <= width:
-        return name
-    return f"{name[: width // 3]}...{name[-(width - width // 3 - 3) :]}"
 
 
 def bold(text: str, colour: bool) -> str:

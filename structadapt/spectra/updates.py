@@ -12,7 +12,7 @@ from structadapt.adapters import DoRA, LoRA, QuanTA
 from structadapt.layers import find_adapted, matrix_shape, plain_name, unwrapped
 from structadapt.spectra import moments
 
-MEASURES = 5  # F, D_2, p_1, then DoRA's mean and largest |m / |W|_row - 1|
+NUMBERS = 5  # F, D_2, p_1, then DoRA's mean and largest |m / |W|_row - 1|
 SMALL = 256  # a side up to this has an exact Gram matrix; beyond, probes
 FROZEN = "its adapter is frozen"
 LATER = "its adapter was added, replaced or unfrozen after the monitor was made: make a new one"
@@ -20,7 +20,7 @@ GONE = "its layer left the model after the monitor was made: what is read is of 
 
 
 @dataclass(frozen=True, eq=False)
-class Update:
+class Tracked:
     """One matrix whose update is watched."""
 
     name: str
@@ -52,10 +52,10 @@ class Base:
     spectral: float  # largest singular value
 
 
-def find(model: nn.Module, snapshots: bool) -> tuple[list[Update], dict[str, str]]:
+def find(model: nn.Module, snapshots: bool) -> tuple[list[Tracked], dict[str, str]]:
     """The updates that can be watched, and why other parameters that train are not, by name."""
     model = unwrapped(model)
-    updates: list[Update] = []
+    updates: list[Tracked] = []
     others: dict[str, str] = {}
     ours: set[int] = set()
     for name, layer in find_adapted(model).items():
@@ -76,12 +76,12 @@ def find(model: nn.Module, snapshots: bool) -> tuple[list[Update], dict[str, str
         else:
             shape, start = (p.shape[0], p.shape[1]), p.detach().clone()
             updates.append(
-                Update(name.removesuffix(".weight"), shape, "weight", None, None, p, start)
+                Tracked(name.removesuffix(".weight"), shape, "weight", None, None, p, start)
             )
     return updates, others
 
 
-def unseen(model: nn.Module, watched: list[Update]) -> dict[str, str]:
+def unseen(model: nn.Module, watched: list[Tracked]) -> dict[str, str]:
     """Where the adapters that train are no longer those of `find`, by name, and how. Reads no
     tensor."""
     left = {id(update.layer): update for update in watched if update.layer is not None}
@@ -99,14 +99,14 @@ def _trains(layer: Adapted) -> bool:
     return any(t.requires_grad for n, t in layer.tensors().items() if n != "delta_bias")
 
 
-def _of_layer(name: str, layer: Adapted) -> Update:
+def _of_layer(name: str, layer: Adapted) -> Tracked:
     shape, adapter = matrix_shape(layer), layer.adapter
     rank = min(adapter.rank, *shape) if isinstance(adapter, LoRA) else None
-    return Update(name, shape, type(adapter).__name__, rank, layer)
+    return Tracked(name, shape, type(adapter).__name__, rank, layer)
 
 
 @torch.no_grad()
-def base_of(update: Update) -> tuple[Base, Tensor | None]:
+def base_of(update: Tracked) -> tuple[Base, Tensor | None]:
     """Sizes of W, and for DoRA its row norms (out,). Waits for the device."""
     W = update.start if update.layer is None else update.layer.matrix()
     W = whole(cast(Tensor, W))
@@ -118,8 +118,8 @@ def base_of(update: Update) -> tuple[Base, Tensor | None]:
 
 
 @torch.no_grad()
-def measure(updates: list[Update], row_norms: dict[str, Tensor]) -> Tensor:
-    """(len(updates), MEASURES) in float64 on the device of the first.
+def measure(updates: list[Tracked], row_norms: dict[str, Tensor]) -> Tensor:
+    """(len(updates), NUMBERS) in float64 on the device of the first.
 
     Adapters with factors go together by shape and rank. Nothing waits for the device. Of sharded
     parameters the whole values are gathered: a call that all processes make together.
@@ -147,7 +147,7 @@ def _constant(values: list[float], like: Tensor) -> Tensor | float:
     return torch.tensor(values, dtype=torch.float64).to(like.device, non_blocking=True)
 
 
-def _batches(updates: list[Update]) -> Iterator[list[int]]:
+def _batches(updates: list[Tracked]) -> Iterator[list[int]]:
     """Places of updates with factors of one shape, rank and device, few enough for the cache."""
     groups: dict[tuple, list[int]] = {}
     for place, update in enumerate(updates):
@@ -159,7 +159,7 @@ def _batches(updates: list[Update]) -> Iterator[list[int]]:
         yield from (places[i : i + most] for i in range(0, len(places), most))
 
 
-def _one(update: Update) -> Tensor:
+def _one(update: Tracked) -> Tensor:
     """F, D_2, p_1 of an update that has no factors."""
     if update.layer is None:
         weight, start = cast(Tensor, update.weight), cast(Tensor, update.start)
@@ -187,7 +187,7 @@ def _signs(width: int, like: Tensor) -> Tensor:
     return (2 * signs - 1).to(device=like.device, dtype=like.dtype, non_blocking=True)
 
 
-def _drift(update: Update, row_norms: dict[str, Tensor]) -> Tensor:
+def _drift(update: Tracked, row_norms: dict[str, Tensor]) -> Tensor:
     """Mean and largest |m / |W|_row - 1| of DoRA; rows of zeros aside."""
     norm = row_norms.get(update.name)
     if norm is None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structadapt.spectra.matrix import SourceError, Stored, of_tensor
-from structadapt.spectra.names import unfit_name
-from structadapt.spectra.safetensors_file import refuse_pointer, regular_file
+from structadapt.spectra.reading.matrix import SourceError, Stored, stored_tensor
+from structadapt.spectra.reading.names import unfit_name
+from structadapt.spectra.reading.whole_file import refuse_pointer, regular_file
 
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict")  # keys of a training checkpoint
 
@@ -112,7 +112,7 @@ def _entries(
         if not isinstance(value, Tensor):
             yield name, _nothing(path, name, problem or f"a {type(value).__name__}, no tensor")
             continue
-        stored = of_tensor(name, value, str(path))
+        stored = stored_tensor(name, value, str(path))
         if not problem and _is_spread(value):
             problem = "it says that it has more values than the file holds"
         read = _reader(path, way, key) if mapped else stored.read

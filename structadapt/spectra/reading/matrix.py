@@ -233,7 +233,7 @@ def kernel(stored: Stored) -> Stored:
     return replace(stored, shape=(out, torch.Size(inner).numel()))
 
 
-def of_tensor(name: str, tensor: Tensor, source: str, **settings: Any) -> Stored:
+def stored_tensor(name: str, tensor: Tensor, source: str, **settings: Any) -> Stored:
     """A tensor in memory. What cannot be looked at has a `problem`."""
 
     def read(start: int, stop: int) -> Tensor:

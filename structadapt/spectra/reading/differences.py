@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from structadapt.spectra.matrix import PIECE, Matrix, Stored, rows_of, weight
+from structadapt.spectra.reading.matrix import PIECE, Matrix, Stored, rows_of, weight
 
 # of the bits of a floating point number: as an integer, bits of the fraction, bias of the exponent
 LAYOUTS = {

@@ -11,9 +11,9 @@ from structadapt.adapted import Adapted
 from structadapt.adapters import DoRA, LoRA
 from structadapt.layers import find_adapted, kind_of, matrix_of, matrix_shape, unwrapped
 from structadapt.quantised import is_quantised
-from structadapt.spectra.adapter_updates import Update
-from structadapt.spectra.matrix import Skipped, Stored, kernel, of_tensor
-from structadapt.spectra.names import module_path
+from structadapt.spectra.reading.adapter_updates import Update
+from structadapt.spectra.reading.matrix import Skipped, Stored, kernel, stored_tensor
+from structadapt.spectra.reading.names import module_path
 
 SOURCE = "model"
 
@@ -46,7 +46,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _weight(path: str, module: nn.Module, key: str, tensor: Tensor, adapted: bool) -> Stored:
-    stored = of_tensor(path, tensor.detach(), SOURCE)
+    stored = stored_tensor(path, tensor.detach(), SOURCE)
     if key in module._buffers:
         return _with_problem(stored, "a buffer, no weight")
     if key != "weight" or not (isinstance(module, Adapted) or kind_of(module)):
@@ -68,11 +68,11 @@ def base_of(name: str, layer: nn.Module) -> Stored:
 
         return Stored(name, matrix_shape(layer), "float32", SOURCE, read)
     W = matrix_of(layer)
-    problem = of_tensor(name, W, SOURCE)
+    problem = stored_tensor(name, W, SOURCE)
     if problem.problem or W.dim() != 2:
         return problem
     turned = not W.is_contiguous() and W.T.is_contiguous()
-    return of_tensor(name, W.T if turned else W, SOURCE, transposed=turned)
+    return stored_tensor(name, W.T if turned else W, SOURCE, transposed=turned)
 
 
 def _adapted(name: str, layer: Adapted) -> Stored:
@@ -111,7 +111,7 @@ def updates(model: nn.Module) -> tuple[list[Update], list[Skipped], list[str]]:
 
 def _update(name: str, layer: Adapted) -> Update:
     tensors = {
-        key: of_tensor(f"{name}.{key}", tensor.detach(), SOURCE)
+        key: stored_tensor(f"{name}.{key}", tensor.detach(), SOURCE)
         for key, tensor in layer.tensors().items()
         if key != "delta_bias"
     }
@@ -144,7 +144,7 @@ def _peft_update(name: str, layer: Any, notes: list[str]) -> Update:
         notes.append(f"of the active adapters {', '.join(active)}, {key} is looked at")
     factors = {"A": A[key], "B": B[key]}
     tensors = {
-        part: of_tensor(f"{name}.lora_{part}.{key}", getattr(module, "weight", module), SOURCE)
+        part: stored_tensor(f"{name}.lora_{part}.{key}", getattr(module, "weight", module), SOURCE)
         for part, module in factors.items()
     }
     tensors = {p: kernel(t) if len(t.shape) > 2 else t for p, t in tensors.items()}
@@ -154,7 +154,7 @@ def _peft_update(name: str, layer: Any, notes: list[str]) -> Update:
     if key in getattr(layer, "lora_magnitude_vector", {}):
         kind = DoRA
         m = layer.lora_magnitude_vector[key].weight.detach().reshape(-1)
-        tensors["m"] = of_tensor(f"{name}.lora_magnitude_vector.{key}", m, SOURCE)
+        tensors["m"] = stored_tensor(f"{name}.lora_magnitude_vector.{key}", m, SOURCE)
     base = None
     if layer.merged:
         notes.append("the adapters of PEFT are merged: the base weights are not known")

@@ -1,34 +1,24 @@
-"""Open whatever holds weights: a list of matrices, each read when asked, and what is left out.
-
-| source                                        | matrices                                        |
-|-----------------------------------------------|-------------------------------------------------|
-| safetensors file, shards, .pt or .bin, module | "weight": every matrix of floats                |
-| the same with a base of the same layers       | "update": W' - W, row by row                    |
-| PEFT folder, adapter file, adapted module     | "update" by its factors, or "direction" (DoRA)  |
-| the same with a base                          | also "effective", and sizes relative to W       |
-| folder of a training run                      | those of its adapter.safetensors                |
-"""
+"""Open whatever holds weights: a list of matrices, each read when asked, and what is left out."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
 
-from structadapt.spectra.adapter_updates import Update, fitted, matrices_of
-from structadapt.spectra.contents import Content, Source, read_source, weights_of
-from structadapt.spectra.differences import difference
-from structadapt.spectra.matrix import (
-    Matrix,
+from structadapt.bounds import few
+from structadapt.spectra.reading.adapter_updates import Update, fitted, matrices_of
+from structadapt.spectra.reading.contents import Content, Source, read_source, weights_of
+from structadapt.spectra.reading.differences import difference
+from structadapt.spectra.reading.matrix import (
     Opened,
     Skipped,
     SourceError,
-    SourceNotFoundError,
     Stored,
     expert,
     kernel,
     weight,
 )
-from structadapt.spectra.names import (
+from structadapt.spectra.reading.names import (
     Patterns,
     chosen_by,
     is_plane,
@@ -39,17 +29,6 @@ from structadapt.spectra.names import (
     renamed,
     shared_prefix,
 )
-from structadapt.spectra.safetensors_file import few
-
-__all__ = [
-    "Matrix",
-    "Opened",
-    "Skipped",
-    "Source",
-    "SourceError",
-    "SourceNotFoundError",
-    "open_source",
-]
 
 Choice = Callable[[str], bool]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from structadapt.adapters import Adapter, DoRA, LoRA
 from structadapt.checkpoint import fingerprint
-from structadapt.spectra.matrix import (
+from structadapt.spectra.reading.matrix import (
     PIECE,
     Matrix,
     Rows,

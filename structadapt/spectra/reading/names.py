@@ -4,12 +4,12 @@ import re
 from collections.abc import Callable, Iterable, Set
 
 from structadapt import bounds
+from structadapt.interop.peft_config import PREFIX
 from structadapt.layers import plain_name
-from structadapt.spectra.matrix import DTYPES, SourceError, Stored
+from structadapt.spectra.reading.matrix import DTYPES, SourceError, Stored
 
 Patterns = str | Iterable[str] | None
 
-PEFT_PREFIX = "base_model.model."
 STACKS = re.compile(r"experts?\b|moe", re.IGNORECASE)
 # What stands beside the packed values of a quantised weight.
 OF_A_PACK = re.compile(
@@ -26,7 +26,7 @@ def module_path(key: str) -> str:
     path = plain_name(key)
     while path.startswith("module."):
         path = path.removeprefix("module.")
-    path = path.removeprefix(PEFT_PREFIX)
+    path = path.removeprefix(PREFIX)
     path = re.sub(r"(^|\.)modules_to_save\.[^.]+\.", r"\1", path)
     parts = [part for part in path.split(".") if part not in ("base_layer", "original_module")]
     return ".".join(parts[:-1] if parts[-1] == "weight" else parts)

@@ -7,8 +7,6 @@ file that is cut while it is read is an error, not a crash.
 """
 
 import os
-import stat
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,9 @@ import torch
 from torch import Tensor
 
 from structadapt.bounds import LARGEST_JSON, parse_json
-from structadapt.spectra.matrix import DTYPES, SourceError, SourceNotFoundError, Stored
+from structadapt.spectra.reading.matrix import DTYPES, SourceError, Stored
+from structadapt.spectra.reading.whole_file import refuse_pointer, regular_file
 
-LFS = b"version https://git-lfs"
 FORMATS = {  # the name of a dtype in a header: ours, and bits
     "F64": ("float64", 64),
     "F32": ("float32", 32),
@@ -66,30 +64,6 @@ def read_header(path: Path) -> Header:
         places.append((begin, end, name))
     _refuse_gaps(path, sorted(places), data)
     return Header(tensors, metadata)
-
-
-def regular_file(path: Path) -> os.stat_result:
-    """SourceNotFoundError or SourceError for what is no file, or an empty one."""
-    try:
-        found = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        link = ", a link to nothing" if path.is_symlink() else ""
-        raise SourceNotFoundError(f"{path} is not there{link}") from None
-    except (ValueError, OSError) as error:
-        raise SourceError(f"{str(path)!r} cannot be read: {error}") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise SourceError(f"{path} is no regular file")
-    if not found.st_size:
-        raise SourceError(f"{path} is empty (0 bytes): download it again")
-    return found
-
-
-def refuse_pointer(path: Path, beginning: bytes) -> None:
-    """SourceError for a git-LFS pointer in place of a file."""
-    if beginning.startswith(LFS):
-        raise SourceError(
-            f"{path} is a git-LFS pointer, not the weights: fetch them with `git lfs pull`"
-        )
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int]:
@@ -171,75 +145,3 @@ def _refuse_gaps(path: Path, places: list[tuple[int, int, str]], data: int) -> N
         at = end
     if at != size:
         raise SourceError(f"{path} has {size - at} bytes behind its last tensor: it is damaged")
-
-
-# -- shards ----------------------------------------------------------------------------------------
-
-
-def read_index(path: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """{tensor: file} of model.safetensors.index.json and the like.
-
-    The names of the files come from whoever made the checkpoint. They must be plain names, which
-    is told from the text alone: what a name links to does not matter, for the cache of Hugging
-    Face links to ../../blobs.
-    """
-    if regular_file(path).st_size > LARGEST_JSON:
-        raise SourceError(f"{path} is larger than 32 MiB: no index")
-    text = path.read_bytes()
-    refuse_pointer(path, text)
-    try:
-        index = parse_json(text)
-    except ValueError as error:
-        raise SourceError(f"{path} is no JSON: {error}") from None
-    files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict) or not files:
-        raise SourceError(f"{path} has no weight_map that names tensors and their files")
-    for tensor, file in files.items():
-        problem = _unsafe(file, suffixes)
-        if problem:
-            raise SourceError(f"{path}: the file of {tensor!r} is {file!r:.100}, {problem}")
-    return files
-
-
-def _unsafe(file: Any, suffixes: tuple[str, ...]) -> str:
-    """Why a name from an index is not opened, or nothing."""
-    if not isinstance(file, str):
-        return "no text"
-    if "\0" in file or not file.isprintable():
-        return "a name with control characters: not opened"
-    if "/" in file or "\\" in file or ":" in file or file in ("", ".", ".."):
-        return "no plain name of a file in this folder: not opened"
-    if not file.endswith(suffixes):
-        return f"no {' or '.join(suffixes)}: not opened"
-    return ""
-
-
-def join_shards(
-    index: Path, files: Mapping[str, str], shards: Mapping[str, Mapping[str, Stored]]
-) -> dict[str, Stored]:
-    """The tensors that an index names, in its order. SourceError for one that is not where the
-    index says."""
-    lost = [f"{tensor} (in {file})" for tensor, file in files.items() if tensor not in shards[file]]
-    if lost:
-        raise SourceError(
-            f"{index} names tensors that their files do not have: {few(lost)}: the index and the "
-            "files are not of the same checkpoint"
-        )
-    return {tensor: shards[file][tensor] for tensor, file in files.items()}
-
-
-def missing_shards(index: Path, files: Mapping[str, str]) -> None:
-    """SourceNotFoundError that names every file of an index that is not there."""
-    names = sorted({*files.values()})
-    missing = [name for name in names if not (index.parent / name).exists()]
-    if missing:
-        raise SourceNotFoundError(
-            f"{index} names {len(names)} files, {len(missing)} of which are not there: "
-            f"{', '.join(missing)}: download them"
-        )
-
-
-def few(names: list[str], most: int = 3) -> str:
-    """The first of a list, and how many more there are."""
-    more = f" (and {len(names) - most} more)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

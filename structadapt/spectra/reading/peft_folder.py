@@ -13,6 +13,7 @@ from pathlib import Path
 
 from structadapt.adapter_file import AdapterFileError
 from structadapt.adapters import DoRA, LoRA
+from structadapt.bounds import few
 from structadapt.interop.peft_config import (
     CONFIG_FILE,
     FAITHFUL_INITS,
@@ -20,8 +21,8 @@ from structadapt.interop.peft_config import (
     PeftConfig,
     parse_config,
 )
-from structadapt.spectra.adapter_updates import Update
-from structadapt.spectra.matrix import (
+from structadapt.spectra.reading.adapter_updates import Update
+from structadapt.spectra.reading.matrix import (
     DTYPES,
     Skipped,
     SourceError,
@@ -29,8 +30,7 @@ from structadapt.spectra.matrix import (
     Stored,
     kernel,
 )
-from structadapt.spectra.names import module_path
-from structadapt.spectra.safetensors_file import few
+from structadapt.spectra.reading.names import module_path
 
 PART = re.compile(
     r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"

@@ -9,22 +9,23 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from structadapt.adapter_file import AdapterFileError, SavedLayer, saved_layout
+from structadapt.bounds import few
 from structadapt.interop.peft_config import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from structadapt.layers import find_adapted
-from structadapt.spectra import live_model, peft_folder, pickle_file
-from structadapt.spectra.adapter_updates import Update
-from structadapt.spectra.matrix import DTYPES, Skipped, SourceError, SourceNotFoundError, Stored
-from structadapt.spectra.matrix import of_tensor as stored_tensor
-from structadapt.spectra.names import unfit_name
-from structadapt.spectra.safetensors_file import (
-    Header,
-    few,
-    join_shards,
-    missing_shards,
-    read_header,
-    read_index,
-    regular_file,
+from structadapt.spectra.reading import live_model, peft_folder, pickle_file
+from structadapt.spectra.reading.adapter_updates import Update
+from structadapt.spectra.reading.matrix import (
+    DTYPES,
+    Skipped,
+    SourceError,
+    SourceNotFoundError,
+    Stored,
+    stored_tensor,
 )
+from structadapt.spectra.reading.names import unfit_name
+from structadapt.spectra.reading.safetensors_file import Header, read_header
+from structadapt.spectra.reading.shards import join_shards, read_index, refuse_missing
+from structadapt.spectra.reading.whole_file import regular_file
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -32,6 +33,7 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 BIN_INDEX, BIN = "pytorch_model.bin.index.json", "pytorch_model.bin"
 RUN, OF_A_RUN = "adapter.safetensors", ("summary.json", "metrics.jsonl")
+BASE_OF_A_RUN = "base.safetensors"
 ORDER = (INDEX, WEIGHTS, WEIGHTS_FILE, PICKLE_FILE, BIN_INDEX, BIN)  # of the files of a folder
 HASHED = 64 * 2**20  # bytes of a file whose sha256 costs nothing to speak of
 
@@ -76,6 +78,16 @@ def weights_of(source: Source) -> Content:
     if content.is_adapter:
         raise SourceError(f"the base {source} is an adapter: give the weights it was trained over")
     return content
+
+
+def base_of_run(source: Source) -> Path | None:
+    """The base in a training run's folder, `structadapt grpo --out`, if the source is one."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    run = Path(source)
+    base = run / BASE_OF_A_RUN
+    is_run = (run / RUN).is_file() and any((run / name).exists() for name in OF_A_RUN)
+    return base if is_run and base.is_file() else None
 
 
 def _of_module(model: nn.Module, adapted: bool) -> Content:
@@ -197,7 +209,7 @@ def _of_folder(folder: Path) -> Content:
 def _of_shards(index: Path) -> Content:
     pickled = ".bin" in index.name
     files = read_index(index, PICKLES if pickled else (".safetensors",))
-    missing_shards(index, files)
+    refuse_missing(index, files)
     content = Content(f"{len({*files.values()})} shards")
     shards: dict[str, dict[str, Stored]] = {}
     content.files.append(_described(index))
