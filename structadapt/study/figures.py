@@ -61,9 +61,9 @@ def _panels(
         for i, name in enumerate(names):
             _means(panel, [row for row in found if line(row) == name], x, name, i)
         panel.set_xscale("log", base=base)
-        if base == 2:
-            ticks = sorted({x(row) for row in rows})
-            panel.set_xticks(ticks, [f"{tick}" for tick in ticks])
+        ticks = sorted({x(row) for row in rows})
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.minorticks_off()  # a range below a decade would label these too
         panel.set(title=rule, xlabel=label, ylim=(-0.02, top(rows)))
         _floor(panel, rows)
     axes[0].set_ylabel("sampled held-out accuracy")
