@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from structadapt import terminal
+
 NO_GRADIENT = (
     "\n{}, all rewards of every group are equal: every advantage and so the\n"
     "gradient is exactly zero, and nothing is learned."
@@ -29,7 +31,7 @@ class Progress:
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
         else:
-            print(line, file=sys.stderr, flush=True)
+            terminal.tell(line)
 
     def cold_start(self, step: int, loss: float, accuracy: float | None, target: float) -> None:
         if accuracy is not None and (step % 25 == 0 or accuracy >= target):
@@ -89,7 +91,7 @@ def result(summary: dict[str, Any], out: Path) -> str:
     """The screen at the end of a run: accuracy before and after, the update's spectra."""
     lines = ["", f"{summary['adapter']}, {summary['parameters']:,} trained parameters", ""]
     if summary["failure"]:
-        lines += [f"Diverged: {summary['failure']}. The last good adapter is saved."]
+        lines += [f"{red('Diverged')}: {summary['failure']}. The last good adapter is saved."]
     else:
         lines += _accuracy(summary["before"], summary["after"])
     lines += [collapse(summary), "", "The update, layer by layer:", ""]
@@ -103,6 +105,11 @@ def result(summary: dict[str, Any], out: Path) -> str:
         f"results in {out}",
     ]
     return "\n".join(line for line in lines if line is not None)
+
+
+def red(word: str) -> str:
+    """A word that should not be overlooked."""
+    return terminal.paint(word, "red", sys.stdout)
 
 
 def _accuracy(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[str]:
@@ -125,7 +132,8 @@ def collapse(summary: dict[str, Any]) -> str | None:
     if since is None:
         return NO_GRADIENT.format("In every step") if steps and len(dead) == steps else None
     dead = [step for step in dead if step >= since]
-    text = f"\nCollapsed at step {since}: the reward stays under a tenth of what it was at step 0."
+    text = f"\n{red('Collapsed')} at step {since}: "
+    text += "the reward stays under a tenth of what it was at step 0."
     if dead:
         text += NO_GRADIENT.format(f"In {len(dead)} of {steps - dead[0]} steps from {dead[0]} on")
     return text + "\nA lower --lr, or a lower --alpha at the same rank, takes smaller first steps."
