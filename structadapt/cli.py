@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         terminal.say(self.prog, "error", f"{message} (see {self.prog} --help)")
         self.exit(2)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Refuse here what is unknown: the parser above would name itself, not the subcommand."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
