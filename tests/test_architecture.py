@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "bounds": set(),
     "files": {"bounds"},
     "markup": set(),
+    "terminal": set(),
     "quantised": set(),
     "layers": {"adapted", "quantised"},
     "merging": {"adapted", "layers", "ops"},
@@ -69,6 +70,7 @@ MAY_IMPORT = {
         "layers",
         "markup",
         "spectra.reading",
+        "terminal",
     },
     "spectra.reading": {
         "adapter_file",
@@ -99,6 +101,7 @@ MAY_IMPORT = {
         "files",
         "layers",
         "spectra",
+        "terminal",
     },
     "study": {
         "structadapt",
@@ -109,8 +112,10 @@ MAY_IMPORT = {
         "grpo",
         "markup",
         "spectra",
+        "terminal",
     },
-    "cli": {"examples", "spectra", "study"},
+    "cli": {"examples", "spectra", "study", "terminal"},
+    "__main__": {"cli"},
     "structadapt": {
         "adapters",
         "checkpoint",

@@ -2,11 +2,20 @@
 
 A 0.4 M-parameter character model learns three-digit addition from examples until it solves a
 fifth of the held-out problems, then goes once through 8192 prompts with GRPO and nothing but the
-reward "is the sum right". Runs in under a minute on two CPU cores.
+reward "is the sum right". Takes a minute or two on two CPU cores.
 
     structadapt grpo                                     LoRA, rank 8
     structadapt grpo --adapter quanta --out runs/q       QuanTA, three axes
     structadapt grpo --rank 256 --alpha 512              watch a rank collapse
+    structadapt grpo --json | jq .after.sampled          the result for a program
+
+Ctrl-C ends the step and saves; the same command with the same --out goes on.
+
+exit codes:
+    0    done, also where the policy collapsed
+    1    the run diverged, or could not write
+    2    bad input, nothing was begun
+    130  Ctrl-C
 """
 
 import argparse
@@ -31,6 +40,7 @@ import torch
 from torch import nn
 
 import structadapt as sa
+from structadapt import terminal
 from structadapt.adapters import Adapter
 from structadapt.examples import evaluating, monitoring, show, tiny_lm
 from structadapt.examples.options import (
@@ -40,7 +50,7 @@ from structadapt.examples.options import (
     directory,
     learning_rate,
 )
-from structadapt.examples.process import StepLog, first_interrupt, peak_memory_mib
+from structadapt.examples.process import StepLog, first_interrupt, peak_memory_mib, strict
 from structadapt.examples.show import collapsed_at
 from structadapt.files import write_atomically
 from structadapt.layers import find_adapted
@@ -51,27 +61,23 @@ MAX_PARAMETERS = 20_000_000
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the example. Returns the exit code: 0; 1 for a run that diverged or could not write; 2
-    for bad input; 130 after Ctrl-C."""
+    """Run the example. Returns the exit code."""
     names = Settings.__dataclass_fields__
     settings = Settings(**{k: v for k, v in vars(args).items() if k in names})
-    progress = show.Progress(quiet=args.quiet or args.json)
+    progress = show.Progress(quiet=terminal.is_quiet(args))
     torch.set_num_threads(min(torch.get_num_threads(), 4))  # a tiny model gains nothing from more
     try:
         run = Run.prepare(settings)
     except (ValueError, OSError) as error:
-        print(f"structadapt grpo: error: {error}", file=sys.stderr)
+        terminal.say("structadapt grpo", "error", error)
         return 2
     try:
-        with first_interrupt() as interrupted:
+        with first_interrupt(progress.quiet) as interrupted:
             summary = run.execute(progress, interrupted)
     except OSError as error:  # a full disk
-        print(f"structadapt grpo: error: {error}", file=sys.stderr)
+        terminal.say("structadapt grpo", "error", error)
         return 1
-    if args.json:
-        print(json.dumps(summary))
-    else:
-        print(show.result(summary, run.out))
+    terminal.show(strict(summary) if args.json else show.result(summary, run.out))
     return 130 if summary["interrupted"] else 1 if summary["failure"] else 0
 
 

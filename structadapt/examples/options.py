@@ -11,6 +11,7 @@ from typing import Any
 import structadapt as sa
 from structadapt.adapter_file import read_adapters
 from structadapt.adapters import Adapter
+from structadapt.examples.process import read_json
 
 LOW_RANK, GATES = {"rank", "alpha", "scaling", "target"}, {"axes", "init", "target"}
 # name: (adapter or None for full fine-tuning, the options that apply to it)
@@ -74,22 +75,22 @@ def add_arguments(parser: argparse.ArgumentParser, without: Sequence[str] = ()) 
             parser.add_argument(name, **options)
 
     add("--adapter", choices=tuple(ADAPTERS), help="default: lora; full trains all the weights")
-    add("--rank", type=int, help=f"rank of LoRA and DoRA ({own}, 8 and 16)")
-    add("--alpha", type=float, help="scale of LoRA and DoRA is alpha / rank (default: 2 rank)")
-    add("--scaling", help="alpha/r, alpha/sqrt(r) or constant (default: alpha/r)")
-    add("--axes", type=_axes, help="QuanTA: number of axes, or sizes as 8x4x4 (default: 3)")
-    add("--init", help="QuanTA: identity, paper or zero_last (default: identity)")
-    add("--target", help="layers to adapt, a regular expression (default: all-linear)")
+    add("--rank", type=int, metavar="N", help=f"rank of LoRA and DoRA ({own}, 8 and 16)")
+    add("--alpha", type=float, metavar="X", help="scale is alpha / rank (default: 2 rank)")
+    add("--scaling", metavar="NAME", help="alpha/r, alpha/sqrt(r) or constant (default: alpha/r)")
+    add("--axes", type=_axes, metavar="N", help="QuanTA: how many, or sizes as 8x4x4 (default: 3)")
+    add("--init", metavar="NAME", help="QuanTA: identity, paper or zero_last (default: identity)")
+    add("--target", metavar="RE", help="layers to adapt (default: all-linear)")
     add("--load", metavar="FILE", help="go on from a saved adapter instead of a fresh one")
-    add("--lr", type=float, help="learning rate (default: 2e-3, full: 3e-4)")
-    add("--seed", type=int, default=0, help="of base model, data and noise (default: 0)")
-    add("--prompts", type=int, default=8192, help="prompts of the GRPO epoch (default: 8192)")
+    add("--lr", type=float, metavar="X", help="learning rate (default: 2e-3, full: 3e-4)")
+    add("--seed", type=int, default=0, metavar="N", help="of all that is random (default: 0)")
+    add("--prompts", type=int, default=8192, metavar="N", help="of the epoch (default: 8192)")
     add("--cold-start", type=float, default=0.2, metavar="ACC", help=_COLD_START)
     add("--monitor", type=int, default=1, metavar="N", help=_MONITOR)
     add("--out", metavar="DIR", help="directory for the results (default: a new one in runs); "
         "of a run that was stopped: it goes on")  # fmt: skip
-    add("--json", action="store_true", help="print the summary as JSON and nothing else")
-    add("--quiet", action="store_true", help="no progress")
+    add("--json", action="store_true", help="print the result as JSON, not text")
+    add("--quiet", action="store_true", help="no progress, errors alone")
 
 
 def build_adapter(settings: Settings) -> Adapter | None:
@@ -147,12 +148,10 @@ def check_same(out: Path, config: dict[str, Any]) -> bool:
     """
     if not (out / "config.json").is_file():
         return False
-    with contextlib.suppress(FileNotFoundError):
-        if not json.loads((out / "summary.json").read_text())["interrupted"]:
-            raise FileExistsError(
-                f"--out {out} exists and its run is finished: choose another name"
-            )
-    stored, here = (_flat(c) for c in (json.loads((out / "config.json").read_text()), config))
+    summary = read_json(out / "summary.json")
+    if isinstance(summary, dict) and not summary.get("interrupted"):
+        raise FileExistsError(f"--out {out} exists and its run is finished: choose another name")
+    stored, here = _flat(read_json(out / "config.json")), _flat(config)
     for name in here:
         if name != "settings.out" and stored.get(name) != here[name]:
             raise FileExistsError(

@@ -6,9 +6,15 @@ is, measured. What the verdict rests on, and what it cannot say: docs/preflight.
 
     structadapt preflight                                LoRA, rank 8
     structadapt preflight --rank 256 --alpha 512         will collapse
+    structadapt preflight && structadapt grpo            train only where it would not
 
-Exit code: 0 safe or uncertain, 4 will collapse, 3 no signal (nothing can be said), 1 not finite,
-2 bad input.
+exit codes:
+    0    safe or uncertain
+    1    not finite: a gradient, or the logits
+    2    bad input, nothing was begun
+    3    no signal: nothing can be said
+    4    will collapse
+    130  Ctrl-C
 """
 
 import argparse
@@ -26,6 +32,7 @@ import torch
 from torch import Tensor
 
 import structadapt as sa
+from structadapt import terminal
 from structadapt.examples import show, tiny_lm
 from structadapt.examples.grpo import Run
 from structadapt.examples.options import Settings, learning_rate
@@ -33,31 +40,32 @@ from structadapt.examples.process import first_interrupt, strict
 from structadapt.layers import find_adapted
 
 EXIT = {"safe": 0, "uncertain": 0, "no signal": 3, "will collapse": 4}
+COLOUR = {"safe": "green", "will collapse": "red"}  # others: yellow
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the pre-flight of the example. Returns the exit code."""
     names = Settings.__dataclass_fields__
     settings = Settings(**{k: v for k, v in vars(args).items() if k in names})
-    progress = show.Progress(quiet=args.quiet or args.json)
+    progress = show.Progress(quiet=terminal.is_quiet(args))
     torch.set_num_threads(min(torch.get_num_threads(), 4))  # a tiny model gains nothing from more
     with tempfile.TemporaryDirectory() as scratch:  # a run has a directory; nothing is kept of it
         try:
             trial = Trial.prepare(replace(settings, out=str(Path(scratch) / "run")))
         except (ValueError, OSError) as error:
-            print(f"structadapt preflight: error: {error}", file=sys.stderr)
+            terminal.say("structadapt preflight", "error", error)
             return 2
         assert isinstance(trial, Trial)
-        with first_interrupt() as interrupted:
+        with first_interrupt(progress.quiet) as interrupted:
             trial._cold_start(progress, interrupted)
             if interrupted():
                 return 130
         try:
             report, alpha = trial.report()
         except FloatingPointError as error:
-            print(f"structadapt preflight: {error}", file=sys.stderr)
+            terminal.say("structadapt preflight", "error", error)
             return 1
-    print(_json(report, alpha) if args.json else _text(report, alpha))
+    terminal.show(_json(report, alpha) if args.json else _text(report, alpha))
     return EXIT[report.verdict]
 
 
@@ -111,7 +119,8 @@ class Trial(Run):
 
 
 def _text(report: sa.grpo.Preflight, alpha: Alpha | None) -> str:
-    lines = [str(report)]
+    verdict, rest = str(report).split(":", 1)
+    lines = [f"{terminal.paint(verdict, COLOUR.get(verdict, 'yellow'), sys.stdout)}:{rest}"]
     if report.suggestion is not None:
         lines += ["", f"Try --lr {report.suggestion.lr:.3g}"]
         if alpha is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from structadapt import terminal
 from structadapt.files import write_atomically
 
 
@@ -33,7 +34,7 @@ def first_interrupt(quiet: bool = False) -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         seen.append(number)
         if not quiet:
-            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+            terminal.tell("\nstopping after this step; Ctrl-C again stops at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -48,6 +49,17 @@ def first_interrupt(quiet: bool = False) -> Iterator[Callable[[], bool]]:
 def strict(content: Any, indent: int | None = None) -> str:
     """JSON in which what is not finite is null."""
     return json.dumps(json.loads(json.dumps(content), parse_constant=lambda _: None), indent=indent)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, or None without one. ValueError, with its name, for a damaged
+    one."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 @dataclass

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from structadapt import terminal
 from structadapt.spectra import plots
 from structadapt.spectra.drawing import COLOURS, new_figure, written
 
@@ -36,7 +37,7 @@ class Progress:
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
         else:
-            print(line, file=sys.stderr, flush=True)
+            terminal.tell(line)
 
     def cold_start(self, step: int, loss: float, accuracy: float | None, target: float) -> None:
         if accuracy is not None and (step % 25 == 0 or accuracy >= target):
@@ -96,7 +97,7 @@ def result(summary: dict[str, Any], out: Path) -> str:
     """The screen at the end of a run: accuracy before and after, the update's spectra."""
     lines = ["", f"{summary['adapter']}, {summary['parameters']:,} trained parameters", ""]
     if summary["failure"]:
-        lines += [f"Diverged: {summary['failure']}. The last good adapter is saved."]
+        lines += [f"{red('Diverged')}: {summary['failure']}. The last good adapter is saved."]
     else:
         lines += _accuracy(summary["before"], summary["after"])
     lines += [collapse(summary), "", "The update, layer by layer:", ""]
@@ -110,6 +111,11 @@ def result(summary: dict[str, Any], out: Path) -> str:
         f"results in {out}",
     ]
     return "\n".join(line for line in lines if line is not None)
+
+
+def red(word: str) -> str:
+    """A word that should not be overlooked."""
+    return terminal.paint(word, "red", sys.stdout)
 
 
 def _accuracy(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[str]:
@@ -132,7 +138,8 @@ def collapse(summary: dict[str, Any]) -> str | None:
     if since is None:
         return NO_GRADIENT.format("In every step") if steps and len(dead) == steps else None
     dead = [step for step in dead if step >= since]
-    text = f"\nCollapsed at step {since}: the reward stays under a tenth of what it was at step 0."
+    text = f"\n{red('Collapsed')} at step {since}: "
+    text += "the reward stays under a tenth of what it was at step 0."
     if dead:
         text += NO_GRADIENT.format(f"In {len(dead)} of {steps - dead[0]} steps from {dead[0]} on")
     return text + "\nA lower --lr, or a lower --alpha at the same rank, takes smaller first steps."

@@ -3,9 +3,19 @@
 What was read and what was left out comes first, then the modules that use the fewest directions
 beside a random matrix of the same shape, findings with their evidence, and a table of module types.
 
-exit codes: 0 done; 2 bad input, or an output that could not be written; 3 some matrices could not
-be analysed, or not beside the base; 4 a finding that --fail-on names (also where some could not be
-analysed). A DoRA for which no base was given is a part, not a failure.
+    structadapt spectra model.safetensors                     one checkpoint
+    structadapt spectra tuned/ --base base/                   what changed between two
+    structadapt spectra runs/q --html page.html               a run of structadapt grpo
+    structadapt spectra adapter/ --fail-on collapsed          in CI
+
+exit codes:
+    0    done
+    2    bad input, or an output that could not be written
+    3    some matrices could not be analysed, or not beside the base
+    4    a finding that --fail-on names, also where 3 holds
+    130  Ctrl-C
+
+A DoRA for which no base was given is analysed in part, which is no failure.
 """
 
 import argparse
@@ -16,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from structadapt import terminal
 from structadapt.files import write_atomically
 from structadapt.spectra import analysis, evidence, maturity, page, plots, tables
 from structadapt.spectra.drawing import new_figure
@@ -33,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a safetensors, .pt or .bin file, or a folder: a checkpoint, "
         "shards, a PEFT adapter, a training run",
     )
-    parser.add_argument("--base", help="the weights it started from, in any of these forms")
+    parser.add_argument(
+        "--base", metavar="PATH", help="what it started from, in any of these forms"
+    )
     _output(parser)
     _analysis(parser)
     _findings(parser)
@@ -41,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _output(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output")
-    out.add_argument("--json", action="store_true", help="print the report as JSON, not tables")
     out.add_argument("--csv", metavar="FILE", help="write every measure, one line a matrix")
     out.add_argument("--markdown", metavar="FILE", help="write the same as a Markdown table")
     out.add_argument("--plots", metavar="DIR", help="draw pictures into this folder")
@@ -51,6 +63,8 @@ def _output(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also print how the frozen weights differ from random ones",
     )
+    out.add_argument("--json", action="store_true", help="print the result as JSON, not text")
+    out.add_argument("--quiet", action="store_true", help="no progress and no notes, errors alone")
 
 
 def _analysis(parser: argparse.ArgumentParser) -> None:
@@ -74,9 +88,9 @@ def _analysis(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=("auto", "gram", "svd"),
         default="auto",
-        help="svd: exact for tiny singular values too, but slower",
+        help="svd: exact for tiny singular values too, but slower (default: auto)",
     )
-    what.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    what.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     what.add_argument("--workers", type=int, metavar="N", help="matrices at a time")
 
 
@@ -96,21 +110,21 @@ def _findings(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="X",
         default=defaults.concentrated,
-        help="top-1 energy from which an update is concentrated (%(default)s)",
+        help="top-1 energy from which an update is concentrated (default: %(default)s)",
     )
     fail.add_argument(
         "--oversized",
         type=float,
         metavar="X",
         default=defaults.oversized,
-        help="s_1(dW) / s_1(W) from which it is oversized (%(default)s)",
+        help="s_1(dW) / s_1(W) from which it is oversized (default: %(default)s)",
     )
     fail.add_argument(
         "--intruders",
         type=int,
         metavar="N",
         default=defaults.intruders,
-        help="intruder dimensions from which they are a finding (%(default)s)",
+        help="intruder dimensions from which they are a finding (default: %(default)s)",
     )
 
 
@@ -122,7 +136,7 @@ def main(options: argparse.Namespace) -> int:
         t = evidence.Limits(options.concentrated, options.oversized, options.intruders)
         found = evidence.findings(report, t)
     except (*FAULTS, ImportError) as error:
-        _say("error", str(error))
+        terminal.say("structadapt spectra", "error", error)
         return BAD_INPUT
     if not _shown(report, found, options):
         return BAD_INPUT
@@ -132,7 +146,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _analysed(options: argparse.Namespace) -> Report:
-    meter = Meter()
+    meter = Meter(visible=not terminal.is_quiet(options))
     try:
         return analysis.analyze(
             options.path,
@@ -159,6 +173,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
             raise FileNotFoundError(f"--{name}: there is no folder {Path(path).parent}")
         if path is not None and Path(path).is_dir():
             raise IsADirectoryError(f"--{name}: {path} is a folder, give the name of a file")
+        if path is not None and not os.access(Path(path).absolute().parent, os.W_OK):
+            raise PermissionError(f"--{name}: the folder {Path(path).parent} cannot be written to")
     if options.plots is not None:
         new_figure(1, 1)
         if Path(options.plots).exists() and not Path(options.plots).is_dir():
@@ -181,27 +197,27 @@ def _shown(report: Report, found: list[evidence.Finding], options: argparse.Name
         try:
             statistics = maturity.frozen_weights(report)
         except NothingToShowError as error:
-            _say("note", str(error))
+            _note(str(error), options)
     lines = [] if statistics is None else maturity.lines(statistics)
     if options.json:
         whole = {**report.to_dict(), "findings": [f.as_dict() for f in found]}
         if statistics is not None:
             whole["maturity"] = statistics
-        _print(json.dumps(whole, allow_nan=False))
+        terminal.show(json.dumps(whole, allow_nan=False))
     else:
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        _print("\n".join([tables.screen(report, found, colour), *([""] if lines else []), *lines]))
+        screen = tables.screen(report, found, terminal.in_colour(sys.stdout))
+        terminal.show("\n".join([screen, *([""] if lines else []), *lines]))
     complete = True
     for what, path, write in _outputs(report, found, lines, options):
         try:
             write()
             if not options.json:
-                _print(f"{what} in {path}")
+                terminal.show(f"{what} in {path}")
         except NothingToShowError as error:
-            _say("note", f"no {what}: {error}")
+            _note(f"no {what}: {error}", options)
         except Exception as error:  # whatever it is, the other outputs do not suffer from it
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            _say("error", f"no {what} in {path}: {reason}")
+            terminal.say("structadapt spectra", "error", f"no {what} in {path}: {reason}")
             complete = False
     return complete
 
@@ -231,16 +247,6 @@ def _curves(log: Path, picture: Path) -> None:
     plots.training(log, picture)
 
 
-def _say(kind: str, words: str) -> None:
-    words = " ".join(tables.shown(words).split())
-    print(f"structadapt spectra: {kind}: {words}", file=sys.stderr)
-
-
-def _print(text: str) -> None:
-    """Print in the encoding of standard output; nothing more once its reader has gone away, as
-    `head` does."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _note(words: str, options: argparse.Namespace) -> None:
+    if not options.quiet:
+        terminal.say("structadapt spectra", "note", words)

@@ -25,9 +25,9 @@ def flops(shape: tuple[int, int]) -> float:
 class Meter:
     """One line on standard error that is written over: matrix, share of the work, time left."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, visible: bool = True) -> None:
         self.stream = stream or sys.stderr
-        self.visible = self.stream.isatty()
+        self.visible = visible and self.stream.isatty()
         self.began = self.last = time.monotonic()
 
     def __call__(self, done: int, total: int, share: float, name: str) -> None:

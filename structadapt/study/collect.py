@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from structadapt.examples.process import read_log
+from structadapt.examples.process import read_json, read_log
 from structadapt.spectra import Report
 from structadapt.spectra.drawing import curve, drawable
 from structadapt.study import folders, grid
@@ -30,15 +30,19 @@ def collected(out: Path) -> dict[str, Any]:
     folder with neither, or with a damaged file."""
     cells = sorted(path.parent for path in out.glob(f"{folders.CELLS}/*/{folders.CELL}"))
     if not cells:
-        whole = folders.read(out / FIGURES)
+        whole = read_json(out / FIGURES)
         if not isinstance(whole, dict) or not {"runs", "failed", "planned"} <= whole.keys():
             raise ValueError(f"{out} holds no run of a study")
+        try:
+            sorted(whole["runs"], key=_order)  # as they are: it needs what names a run
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{out / FIGURES} is damaged: {error!r} in a run") from None
         return {name: whole[name] for name in ("runs", "failed", "planned")}
     rows = [_row(folder) for folder in cells if (folder / folders.SUMMARY).exists()]
     if not rows:
         raise ValueError(f"no run in {out} is finished")
     failed = [{"id": folder.name, "error": error["error"]} for folder in cells
-              if (error := folders.read(folder / folders.ERROR))]  # fmt: skip
+              if (error := read_json(folder / folders.ERROR))]  # fmt: skip
     path = out / folders.GRID
     planned = len(grid.read(path).cells) if path.exists() else len(cells)
     return {"runs": sorted(rows, key=_order), "failed": failed, "planned": planned}
@@ -54,7 +58,7 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 def _row(folder: Path) -> Row:
     cell = folders.cell_in(folder)
-    summary = folders.read(folder / folders.SUMMARY)
+    summary = read_json(folder / folders.SUMMARY)
     steps = read_log(folder / folders.STEPS)
     own = {k: summary[k] for k in summary if k not in ("id", "monitor", "cold_start")}
     own["seconds"] = round(own["seconds"], 1)

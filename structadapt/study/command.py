@@ -8,7 +8,11 @@ A grid is a TOML file, or a shipped one: small, full (docs/study.md) and paper (
 Every run of it has a folder of its own. The same command goes on where it was stopped: what is
 done is left alone, and a run that was killed goes on from its last state.
 
-exit codes: 0 done; 1 some runs failed, or were not run; 2 bad input; 130 after Ctrl-C.
+exit codes:
+    0    done
+    1    some runs failed, or were not run
+    2    bad input, nothing was begun
+    130  Ctrl-C
 """
 
 import argparse
@@ -22,7 +26,8 @@ from typing import Any
 
 import torch
 
-from structadapt.examples.process import first_interrupt
+from structadapt import terminal
+from structadapt.examples.process import first_interrupt, strict
 from structadapt.spectra.progress import duration
 from structadapt.study import folders, grid, runner
 from structadapt.study.cell import Cell
@@ -33,8 +38,9 @@ from structadapt.study.grid import Grid
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `structadapt study`."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    run = actions.add_parser("run", help="run the cells of a grid that are not done")
+    parser.set_defaults(parser=parser)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    run = actions.add_parser("run", help="run the cells of a grid", description=RUN)
     run.add_argument("grid", help=f"a .toml file, or one of {', '.join(grid.shipped())}")
     run.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the study")
     run.add_argument("--cell", metavar="K", help="only this one: a name, or a number from 0")
@@ -45,21 +51,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     run.add_argument("--engine", choices=("local", *grid.ENGINES), default="local", help=ENGINE)
     run.add_argument("--cluster", metavar="NAME", help=CLUSTER)
-    run.add_argument("--json", action="store_true", help="print the status as JSON at the end")
-    run.add_argument("--quiet", action="store_true", help="no progress")
+    _output(run)
     run.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
 
-    show = actions.add_parser("status", help="where every cell stands")
+    show = actions.add_parser("status", help="where every cell stands", description=STATUS)
     show.add_argument("out", type=Path, metavar="DIR", help="folder of the study")
-    show.add_argument("--json", action="store_true", help="as JSON")
     show.add_argument("--all", action="store_true", help="every cell, not only the unfinished")
+    _output(show)
 
-    report = actions.add_parser("report", help="tables and pictures from the folders of the runs")
+    report = actions.add_parser("report", help="tables and pictures of it", description=REPORT)
     report.add_argument("out", type=Path, metavar="DIR", help="folder of the study")
     report.add_argument("--to", type=Path, metavar="DIR", help="where to (default: the same)")
-    report.add_argument("--json", action="store_true", help="print its figures as JSON")
+    _output(report)
 
 
+def _output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, not text")
+    parser.add_argument("--quiet", action="store_true", help="no progress, errors alone")
+
+
+RUN = """Run the cells of a grid that are not done.
+
+    structadapt study run small --out runs/small                  a grid that comes with it
+    structadapt study run mine.toml --out runs/mine --dry-run     what it would run, and its memory
+    structadapt study run small --out runs/small --cell 3         one cell
+    structadapt study run small --out runs/small --retry          failed cells too
+
+Ctrl-C ends the steps that are under way; the same command goes on.
+
+exit codes:
+    0    all cells are done, or run elsewhere
+    1    some failed, or were not run; of --dry-run: one is larger than its memory_gib
+    2    bad input, nothing was begun
+    130  Ctrl-C
+"""
+STATUS = """Say where every cell of a study stands: done, failed, running, stopped or waiting.
+
+    structadapt study status runs/small            the counts, and each cell that has begun
+    structadapt study status runs/small --all      every cell
+    structadapt study status runs/small --json     the same for a program
+
+exit codes:
+    0    no cell failed
+    1    one failed
+    2    no study is there
+"""
+REPORT = """Write report.html, report.md, study.json and pictures of a study, as far as it is done.
+
+    structadapt study report runs/small                    into the folder of the study
+    structadapt study report runs/small --to reports       into another one
+    structadapt study report runs/small --json | jq .claims
+
+exit codes:
+    0    written
+    2    no finished run is there, or no report could be written
+"""
 WORKERS = "processes at a time (default: one a core, at most 8, or what the GPUs allow)"
 DRY_RUN = "check the grid, list its cells and their memory, run nothing"
 ENGINE = "submitit: jobs of Slurm; ray: tasks of a Ray cluster (default: local)"
@@ -71,10 +117,13 @@ CLUSTER = (
 
 def main(args: argparse.Namespace) -> int:
     """Run `structadapt study`. Returns the exit code."""
+    if args.action is None:
+        args.parser.print_help(sys.stderr)
+        return 2
     try:
         return {"run": _run, "status": _status, "report": _report}[args.action](args)
     except (ValueError, OSError, ImportError) as error:
-        print(f"structadapt study: error: {error}", file=sys.stderr)
+        terminal.say(f"structadapt study {args.action}", "error", error)
         return 2
 
 
@@ -115,7 +164,7 @@ def _work(cells: list[Cell], args: argparse.Namespace) -> int:
             shown = record.get("reward", record.get("held_out"))
             _say(args, f"{cell.id}: step {record['step'] + 1}/{total}" + _value(shown))
 
-    with first_interrupt(quiet=args.worker) as interrupted:
+    with first_interrupt(args.worker or terminal.is_quiet(args)) as interrupted:
 
         def stop() -> bool:
             return interrupted() or (args.worker and runner.orphaned(parent))
@@ -180,11 +229,8 @@ class Told:
 
 def _end(args: argparse.Namespace, cells: list[Cell]) -> int:
     statuses = folders.status(cells, args.out)
-    if args.json:
-        print(_json(statuses))
-    else:
-        print(_table(statuses, everything=False))
-        print(f"\nstructadapt study report {args.out}")
+    told = f"{_table(statuses, everything=False)}\n\nstructadapt study report {args.out}"
+    terminal.show(_json(statuses) if args.json else told)
     return 0 if all(s.state in (folders.DONE, folders.RUNNING) for s in statuses) else 1
 
 
@@ -193,7 +239,7 @@ def _status(args: argparse.Namespace) -> int:
     if not path.is_file():
         raise FileNotFoundError(f"{args.out} holds no study")
     statuses = folders.status(grid.read(path).cells, args.out)
-    print(_json(statuses) if args.json else _table(statuses, args.all))
+    terminal.show(_json(statuses) if args.json else _table(statuses, args.all))
     return 1 if any(s.state == folders.FAILED for s in statuses) else 0
 
 
@@ -201,10 +247,7 @@ def _report(args: argparse.Namespace) -> int:
     from structadapt.study import report
 
     figures, paths = report.write(args.out, args.to or args.out)
-    if args.json:
-        print(json.dumps(figures))
-    else:
-        print("\n".join(map(str, paths)))
+    terminal.show(strict(figures) if args.json else "\n".join(map(str, paths)))
     return 0
 
 
@@ -214,7 +257,9 @@ def _table(statuses: list[Status], everything: bool) -> str:
     lines = [f"{len(statuses)} cells: " + ", ".join(f"{n} {name}" for name, n in counts.items())]
     for s in statuses:
         if everything or s.state not in (folders.DONE, folders.WAITING):
-            lines.append(f"{s.state:8} {s.cell.id:52} step {s.step}/{s.steps}  {s.result}")
+            state = f"{s.state:8}"
+            state = terminal.paint(state, "red", sys.stdout) if s.state == folders.FAILED else state
+            lines.append(f"{state} {s.cell.id:52} step {s.step}/{s.steps}  {s.result}")
     return "\n".join(lines)
 
 
@@ -226,5 +271,5 @@ def _json(statuses: list[Status]) -> str:
 
 
 def _say(args: argparse.Namespace, line: str) -> None:
-    if not (args.quiet or args.json):
-        print(line, file=sys.stderr, flush=True)
+    if not terminal.is_quiet(args):
+        terminal.tell(line)

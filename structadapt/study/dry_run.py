@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import structadapt as sa
+from structadapt import terminal
 from structadapt.examples import tiny_lm
 from structadapt.study.cell import EMBEDDED, Cell
 from structadapt.study.grid import Grid
@@ -56,12 +57,13 @@ def main(grid: Grid, cells: Sequence[Cell], as_json: bool) -> int:
     rows = [(cell, estimate(cell, *model_of(cell.model))) for cell in cells]
     over = [cell for cell, e in rows if cell.memory_gib and e.total > cell.memory_gib * GIB]
     if as_json:
-        print(json.dumps([{"id": c.id, **vars(e), "total": e.total, "fits": c not in over}
-                          for c, e in rows]))  # fmt: skip
+        terminal.show(json.dumps([{"id": c.id, **vars(e), "total": e.total, "fits": c not in over}
+                                  for c, e in rows]))  # fmt: skip
         return 1 if over else 0
-    print(f"{grid.name}: {len(rows)} cells, {sum(c.prompts for c, _ in rows):,} prompts in all\n")
-    print(f"{'GiB of a device:':52} {'base':>7} {'training':>8} {'cache':>7} {'update':>7} "
-          f"{'all':>7}")  # fmt: skip
+    prompts = sum(c.prompts for c, _ in rows)
+    heads = f"{'base':>7} {'training':>8} {'cache':>7} {'update':>7} {'all':>7}"
+    lines = [f"{grid.name}: {len(rows)} cells, {prompts:,} prompts in all", ""]
+    lines.append(f"{'GiB of a device:':52} {heads}")
     for cell, found in rows:
         parts = (found.base, found.training, found.cache, found.update, found.total)
         shown = " ".join(
@@ -69,7 +71,8 @@ def main(grid: Grid, cells: Sequence[Cell], as_json: bool) -> int:
         )
         where = f"  {cell.processes} x {cell.device}" if cell.processes > 1 else f"  {cell.device}"
         note = f"  more than {cell.memory_gib:g} GiB" if cell in over else ""
-        print(f"{Path(cell.model).name + ' ' + cell.id:52} {shown}{where}{note}")
+        lines.append(f"{Path(cell.model).name + ' ' + cell.id:52} {shown}{where}{note}")
+    terminal.show("\n".join(lines))
     return 1 if over else 0
 
 

@@ -5,7 +5,6 @@ and started again. All machines have to see the study's folder, and it has to su
 """
 
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from structadapt import terminal
 from structadapt.study import folders, grid, runner
 from structadapt.study.cell import Cell
 from structadapt.study.folders import Status
@@ -128,4 +128,4 @@ def _call(job: Job, name: str) -> int:
 
 
 def _died(words: str) -> None:
-    print(f"{words}; its cell goes on with the same command", file=sys.stderr, flush=True)
+    terminal.tell(f"{words}; its cell goes on with the same command")

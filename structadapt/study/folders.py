@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from structadapt.examples.process import strict
+from structadapt.examples.process import read_json, strict
 from structadapt.files import is_locked, locked, write_atomically
 from structadapt.study.cell import Cell
 from structadapt.study.grid import Grid
@@ -72,7 +72,7 @@ def note(cell: Cell, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     here = json.loads(strict(cell.describe()))
     if (folder / CELL).exists():
-        stored = (read(folder / CELL) or {}).get("parts", {})
+        stored = (read_json(folder / CELL) or {}).get("parts", {})
         for name in here:
             if stored.get(name) != here[name]:
                 raise ValueError(
@@ -84,7 +84,7 @@ def note(cell: Cell, folder: Path) -> None:
 
 def cell_in(folder: Path) -> Cell:
     """The cell of a folder. ValueError for a cell.json that holds none."""
-    stored = read(folder / CELL) or {}
+    stored = read_json(folder / CELL) or {}
     try:
         return Cell(**{k: stored[k] for k in Cell.__dataclass_fields__ if k in stored})
     except TypeError as error:
@@ -94,17 +94,6 @@ def cell_in(folder: Path) -> Cell:
 def write(path: Path, content: dict[str, Any]) -> None:
     """A file of strict JSON."""
     write_atomically(path, f"{strict(content, indent=1)}\n".encode())
-
-
-def read(path: Path) -> Any:
-    """The content of a JSON file, or None without one. ValueError, with its name, for a damaged
-    one."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def fail(folder: Path, error: str, traceback: str = "") -> None:
@@ -124,13 +113,13 @@ def status(cells: Iterable[Cell], out: Path) -> list[Status]:
 def status_of(cell: Cell, folder: Path) -> Status:
     """Where one cell stands."""
     steps = -(-cell.prompts // cell.batch)
-    if (summary := read(folder / SUMMARY)) is not None:
+    if (summary := read_json(folder / SUMMARY)) is not None:
         after = summary["after"]
         said = f"{after['sampled']:.3f}" if after else str(summary["failure"])
         said += ", collapsed" if summary["collapsed"] else ""
         return Status(cell, DONE, summary["steps"], steps, said)
     taken = _lines(folder / STEPS)
-    if (error := read(folder / ERROR)) is not None:
+    if (error := read_json(folder / ERROR)) is not None:
         return Status(cell, FAILED, taken, steps, error["error"])
     if is_locked(folder / LOCK):
         return Status(cell, RUNNING, taken, steps)
@@ -169,7 +158,7 @@ def held(folder: Path) -> Iterator[int]:
     have died meanwhile without a new state in between."""
     path = folder / HELD
     newest = max((p.name for p in (folder / STATES).glob("s*")), default="")
-    before = read(path) or {"deaths": -1, "newest": newest}
+    before = read_json(path) or {"deaths": -1, "newest": newest}
     deaths = before["deaths"] + 1 if before["newest"] == newest else 0
     write(path, {"deaths": deaths, "newest": newest})
     try:

@@ -79,9 +79,8 @@ def read(source: str | Path) -> Grid:
                 f"no grid {str(source)!r}: give a .toml file, or one of {', '.join(shipped())}"
             )
         path = Path(str(files("structadapt.study") / "grids" / f"{source}.toml"))
-    text = path.read_text()
     try:
-        return parse(text, path.stem)
+        return parse(path.read_text(), path.stem)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 

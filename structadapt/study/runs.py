@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 import structadapt as sa
-from structadapt.examples.process import StepLog, peak_memory_mib
+from structadapt.examples.process import StepLog, peak_memory_mib, read_json
 from structadapt.files import locked, write_atomically
 from structadapt.grpo import processes
 from structadapt.study import distributed, folders, sft, tasks
@@ -48,7 +48,7 @@ def run(
     first = processes.rank_and_size()[0] == 0
     if first:
         folders.note(cell, folder)
-    if (done := folders.read(folder / folders.SUMMARY)) is not None:
+    if (done := read_json(folder / folders.SUMMARY)) is not None:
         return done
     try:
         summary = _run(cell, folder, stop, tell, save)
@@ -149,7 +149,7 @@ def _before(cell: Cell, base: tasks.Base, task: tasks.Task, bases: Path) -> dict
         if not path.exists():
             found = tasks.accuracy(base, task, cell, nullcontext)
             folders.write(path, {"of": key, "accuracy": found})
-    return folders.read(path)["accuracy"]
+    return read_json(path)["accuracy"]
 
 
 def _steps(

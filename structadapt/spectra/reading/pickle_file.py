@@ -1,6 +1,7 @@
 """Files of torch.save: .pt, .pth and .bin. Tensors alone; a pickle that runs code is not loaded."""
 
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -68,7 +69,9 @@ def _is_spread(tensor: Tensor) -> bool:
 
 def _load(path: Path, mapped: bool) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():  # of what follows from a file that is none
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0] if "Unsupported" not in str(error) else _what(error)
         raise SourceError(
