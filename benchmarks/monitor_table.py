@@ -4,6 +4,7 @@
     python benchmarks/monitor_table.py --limit 1     at most one run more, for a busy machine
     python benchmarks/monitor_table.py --smoke       a tiny run of two settings, in seconds
     python benchmarks/monitor_table.py --table       the table of docs/monitor.md, from the JSON
+    python benchmarks/monitor_table.py --study DIR   other limits, on runs of `structadapt study`
 
 A run is that of `structadapt grpo` (64 prompts x 8 completions a step, four updates a step, AdamW,
 rate falling linearly to 0) with 4096 prompts: 64 steps. The JSON holds what the monitor measured of
@@ -17,9 +18,11 @@ eight steps in a row is stopped there.
 import argparse
 import copy
 import json
+import math
 import random
 import sys
 import time
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ from structadapt.examples.grpo import collapsed_at
 from structadapt.files import write_atomically
 from structadapt.spectra import Thresholds, states, updates
 from structadapt.spectra.states import STATES
+from structadapt.study.folders import CELL, MONITOR, STEPS, SUMMARY
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "monitor.json"
 SETTINGS: dict[str, tuple[Adapter | None, float]] = {
@@ -154,6 +158,72 @@ def fill(path: Path, names: list[str], count: int, cold: float, limit: int, kept
     return max(len(missing) - limit, 0)
 
 
+# -- runs of a study -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A run of GRPO in the folder of a study."""
+
+    collapsed: bool
+    every: int  # steps between looks
+    rewards: list[float]  # of every step
+    looks: list[tuple[int, list[states.Row]]]  # step, and its rows without their states
+
+
+def watched_runs(study: Path) -> list[Watched]:
+    """Every finished run of GRPO that ended when it was absorbed, if it was."""
+    found = []
+    for folder in sorted((study / "cells").iterdir()):
+        files = [folder / name for name in (CELL, SUMMARY, STEPS, MONITOR)]
+        if not all(file.exists() for file in files):
+            continue
+        cell, summary = (json.loads(file.read_text()) for file in files[:2])
+        if cell["method"] != "grpo" or not cell["stop_absorbed"] or not cell["monitor"]:
+            continue
+        steps, readings = (
+            [json.loads(line) for line in file.read_text().splitlines()] for file in files[2:]
+        )
+        looks = [(r["step"], [blank(row) for row in r["rows"]]) for r in readings]
+        rewards = [step["reward"] for step in steps]
+        found.append(Watched(summary["collapsed"], cell["monitor"], rewards, looks))
+    return found
+
+
+def blank(row: dict[str, Any]) -> states.Row:
+    """A row that is still to be judged; null in JSON is what was not finite."""
+    values = {name: math.inf if value is None else value for name, value in row.items()}
+    kept = states.NOT_JUDGED if row["state"] == states.NOT_JUDGED else "healthy"
+    return states.Row(**values | {"shape": tuple(row["shape"]), "state": kept})
+
+
+def alarmed(run: Watched, limits: Thresholds) -> bool:
+    """Whether the monitor would have called it collapsing or collapsed."""
+    names = [row.name for row in run.looks[0][1]] if run.looks else []
+    judge = states.Judge(limits, run.every, dict.fromkeys(names, 0.0))
+    for step, rows in run.looks:
+        _, state, _ = judge.look(rows, run.rewards[step + 1 - run.every : step + 1])
+        if state in states.ALARMS:
+            return True
+    return False
+
+
+def study_table(study: Path) -> str:
+    """Right and false alarms on the runs of a study, for several limits of the two speeds."""
+    runs = watched_runs(study)
+    died = sum(run.collapsed for run in runs)
+    lines = [
+        f"| `collapsing_speed` | `moving_speed` | found of {died} | false of {len(runs) - died} |",
+        "|--:|--:|--:|--:|",
+    ]
+    for moving in (0.02, 0.03, 0.05, 0.08, math.inf):
+        for speed in (0.14, 0.16, 0.2, 0.25, 0.36):
+            limits = replace(Thresholds(), collapsing_speed=speed, moving_speed=moving)
+            fates = [run.collapsed for run in runs if alarmed(run, limits)]
+            lines.append(f"| {speed} | {moving} | {sum(fates)} | {len(fates) - sum(fates)} |")
+    return "\n".join(lines)
+
+
 # -- what the monitor says of them -----------------------------------------------------------------
 
 
@@ -168,7 +238,8 @@ def said(run: dict[str, Any], limits: Thresholds, every: int, reward: bool) -> l
     for step in range(every - 1, len(run["measures"]), every):
         seen = zip(layers, run["measures"][step], strict=True)
         rows = [states.row_of(*layer, *values) for layer, values in seen]
-        _, state, why = judge.look(rows, run["reward"][step] if reward else None)
+        told = run["reward"][step + 1 - every : step + 1] if reward else ()
+        _, state, why = judge.look(rows, told)
         found.append((step, state, why))
     return found
 
@@ -258,7 +329,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--study", type=Path, metavar="DIR")
     args = parser.parse_args()
+    if args.study:
+        print(study_table(args.study))
+        return
     if args.table:
         results = json.loads(args.out.read_text())
         print(words(results), table(results), sep="\n\n")

@@ -263,7 +263,7 @@ def history(*checks, modules=4, every=1, limits=None, rewards=None):
     for i, (size, u, p_1) in enumerate(checks):
         rows = [replace(ONE, name=n, relative_spectral=size, of_null=u, topk_energy=p_1)
                 for n in names]  # fmt: skip
-        found.append(judge.look(rows, rewards and rewards[i])[1])
+        found.append(judge.look(rows, [rewards[i]] if rewards else [])[1])
     return found
 
 
@@ -335,12 +335,50 @@ def test_the_reward_holds_a_state_and_confirms_it():
     assert set(history(jump, *calm, rewards=dead)) == {"collapsed"}
     alive = [0.2, *[0.3] * 19]
     assert history(jump, *calm, rewards=alive)[-1] == "healthy"
-    assert set(history(*ramp(20, 1.0), rewards=dead)) == {"healthy"}, (
+    assert set(history(*ramp(20, 0.9), rewards=dead)) == {"healthy"}, (
         "the reward alone says nothing"
     )
     some = Thresholds(collapsed_speed=9.0)
     assert history(jump, *calm, limits=some, rewards=alive)[0] == "collapsing"
     assert history(calm[0], (1.5, 0.5, 0.3), limits=some, rewards=[0.2, 0.0])[1] == "collapsed"
+
+
+def test_a_lost_reward_is_collapsed_once_the_updates_moved():
+    steps = [(0.1 * i, 0.5, 0.3) for i in range(1, 6)]  # each too slow for an alarm
+    assert set(history(*steps)) == {"healthy"}
+    rewards = [0.3, 0.4, 0.03, 0.0, 0.2]
+    assert history(*steps, rewards=rewards) == [*["healthy"] * 2, *["collapsed"] * 2, "healthy"]
+    slow = [(0.04 * i, 0.5, 0.3) for i in range(1, 6)]
+    assert set(history(*slow, rewards=rewards)) == {"healthy"}
+    still = [(0.06, 0.5, 0.3)] * 5  # what moved long ago counts too
+    assert history(*still, rewards=rewards)[2] == "collapsed"
+
+
+def test_enough_modules_must_have_moved():
+    def state(*sizes):
+        names = [f"layers.{i}" for i in range(len(sizes))]
+        judge = Judge(Thresholds(), 1, dict.fromkeys(names, 0.0))
+        pairs = zip(names, sizes, strict=True)
+        rows = [replace(ONE, name=name, relative_spectral=size) for name, size in pairs]
+        return judge.look(rows, [0.5, 0.0])[1:]
+
+    assert state(0.1, 0.01, 0.01)[0] == "healthy"
+    found, why = state(0.1, 0.1, 0.01)
+    assert found == "collapsed"
+    assert why.startswith("the reward fell from 0.5 to 0; the updates of 3 modules are 0.1 times")
+
+
+def test_rewards_between_checks_count():
+    def states_of(rewards):
+        model = sa.adapt(Layers([(64, 64)] * 2), sa.LoRA(2, alpha=4.0))
+        monitor = Monitor(model, every=3)
+        moved(model, 0.02)  # to 0.2 of the weights, too slow for an alarm
+        found = [monitor.step(reward) for reward in rewards]
+        return [(reading.reward, reading.state) for reading in found if reading is not None]
+
+    assert states_of([None, 1.0, 0.05]) == [(0.05, "collapsed")]
+    assert states_of([None, 0.1, 0.05]) == [(0.05, "healthy")]
+    assert states_of([None] * 3) == [(None, "healthy")]
 
 
 @pytest.mark.parametrize("reward", [-1.0, 0.0])

@@ -20,7 +20,7 @@ from structadapt.spectra.report import plain
 from structadapt.spectra.states import MEASURES, NOT_JUDGED, Judge, Row, Thresholds
 
 ROWS_KEPT = 20_000  # of the history; older readings keep medians and bands
-Check = tuple[int, Tensor, Any, Any, Any]  # step, values, what to wait for, reward, kl
+Check = tuple[int, Tensor, Any, list[Any], Any]  # step, values, what to wait for, rewards, kl
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class Monitor:
         self.judge = Judge(thresholds or Thresholds(), every, sizes)
         self.history: list[Reading] = []
         self._steps = 0
+        self._rewards: list[Any] = []  # since the last check
         self._pending: Check | None = None
 
     # -- in the loop -------------------------------------------------------------------------------
@@ -128,13 +129,16 @@ class Monitor:
     def step(self, reward: Any = None, kl: Any = None) -> Reading | None:
         """Call after each optimizer step, on every process: a reading, if there is a new one.
 
-        reward, kl: numbers, or tensors with one element, that go into the reading.
+        reward, kl: numbers, or tensors with one element, that go into the reading. The highest
+        reward of all steps counts, so pass it at every step.
         """
         step, self._steps = self._steps, self._steps + 1
+        self._rewards += [] if reward is None else [reward]
         if self._steps % self.every:
             return None
         self._note_unseen()
-        return self._next((step, *_to_host(self._measure()), reward, kl))
+        rewards, self._rewards = self._rewards, []
+        return self._next((step, *_to_host(self._measure()), rewards, kl))
 
     def after(self, step: _Step) -> Sequence[str]:
         """`step` for `grpo.train`: an alarm while the model's state is one that ruins it."""
@@ -152,10 +156,10 @@ class Monitor:
             self._pending, check = check, self._pending
         if check is None:
             return None
-        step, values, copied, reward, kl = check
+        step, values, copied, rewards, kl = check
         if copied is not None:
             copied.synchronize()
-        reading = self._read(step, values, _number(reward), _number(kl))
+        reading = self._read(step, values, [float(reward) for reward in rewards], _number(kl))
         self.history.append(reading)
         old = len(self.history) - max(ROWS_KEPT // len(self.updates), 1) - 1
         if old >= 0:
@@ -182,8 +186,9 @@ class Monitor:
         every = zip(self.updates, self._bases, values.tolist(), strict=True)
         return [states.row_of(update, base, *seen) for update, base, seen in every]
 
-    def _read(self, step: int, values: Tensor, reward: float | None, kl: float | None) -> Reading:
-        rows, state, evidence = self.judge.look(self._rows(values), reward)
+    def _read(self, step: int, values: Tensor, rewards: list[float], kl: float | None) -> Reading:
+        rows, state, evidence = self.judge.look(self._rows(values), rewards)
+        reward = rewards[-1] if rewards else None
         judged = [row for row in rows if row.state != NOT_JUDGED]
         bands = {name: states.band([getattr(row, name) for row in judged]) for name in MEASURES}
         return Reading(step, state, evidence, bands, rows, reward, kl)
@@ -195,14 +200,15 @@ class Monitor:
         numbers, texts and tensors. Waits for a check that is still on the device."""
         pending = None
         if self._pending is not None:
-            step, values, copied, reward, kl = self._pending
+            step, values, copied, rewards, kl = self._pending
             if copied is not None:
                 copied.synchronize()
-            pending = [step, values, _number(reward), _number(kl)]
+            pending = [step, values, [float(reward) for reward in rewards], _number(kl)]
         return {
             "every": self.every,
             "modules": [update.name for update in self.updates],
             "steps": self._steps,
+            "rewards": [float(reward) for reward in self._rewards],
             "judge": self.judge.state_dict(),
             "history": [asdict(reading) for reading in self.history],
             "pending": pending,
@@ -227,14 +233,14 @@ class Monitor:
             base if update.start is None else updates.base_of(update)[0]
             for update, base in zip(self.updates, self._bases, strict=True)
         ]
-        self._steps = state["steps"]
+        self._steps, self._rewards = state["steps"], list(state["rewards"])
         self.judge.load_state_dict(state["judge"])
         self.history = [_reading(kept) for kept in state["history"]]
         pending = state["pending"]
         self._pending = None
         if pending is not None:
-            step, values, reward, kl = pending
-            self._pending = (step, values, None, reward, kl)
+            step, values, rewards, kl = pending
+            self._pending = (step, values, None, rewards, kl)
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
         """Write the history, one JSON object a reading, on the first process. The file is replaced

@@ -32,6 +32,8 @@ class Thresholds:
     fall: float = 0.5  # of_null beside its highest; with
     growth: float = 2.0  # relative_spectral that grew so many times since then, and
     large: float = 1.0  # is at least this
+    lost: float = 0.1  # share of its highest below which a reward is lost; that is collapsed where
+    moving_speed: float = 0.05  # updates rose so fast before
     window: int = 3  # checks that such a fall lasts
     share: float = 0.5  # of the modules that make the model's state
     rise: int = 1  # checks in a row that bring a worse state
@@ -92,6 +94,7 @@ class Past:
     peak: float = 0.0  # highest of_null that was seen
     size_at_peak: float = 0.0  # relative_spectral there
     falling: int = 0  # checks in a row with a fallen of_null
+    fastest: float = 0.0  # highest speed that was seen
 
     def settle(self, said: str, limits: Thresholds) -> str:
         """The state after one more check: worse ones after `rise` in a row that say so, better
@@ -112,6 +115,11 @@ class Judge:
 
     every: calls of `Monitor.step` from one check to the next. start: relative_spectral of every
     module before the first, by name.
+
+    Rewards count where their highest is above 0: a share of a number that is not positive says
+    nothing. While the last is below `Thresholds.lost` of the highest, the model's state gets no
+    better, and is "collapsed" if it was "collapsing" or if enough of the updates ever moved at
+    `Thresholds.moving_speed`. A lost reward alone makes no state.
     """
 
     def __init__(self, limits: Thresholds, every: int, start: dict[str, float]) -> None:
@@ -121,12 +129,11 @@ class Judge:
         self.best_reward = -math.inf
 
     def look(
-        self, rows: Sequence[Row], reward: float | None = None
+        self, rows: Sequence[Row], rewards: Sequence[float] = ()
     ) -> tuple[tuple[Row, ...], str, str]:
         """The rows with their states, the model's state, and one sentence that says why.
 
-        What is not judged has no part in the model's state. The reward counts where its highest is
-        above 0: a tenth of a number that is not positive says nothing.
+        rewards: those since the last check. What is not judged has no part in the model's state.
         """
         whys: dict[str, str] = {}
         seen = []
@@ -138,13 +145,25 @@ class Judge:
             seen.append(row)
         judged = [row for row in seen if row.state != NOT_JUDGED]
         said = said_of_model(judged, self.limits)
-        if reward is not None:
-            self.best_reward = max(self.best_reward, reward)
-            if self.best_reward > 0 and reward < self.best_reward / 10:
-                said = max(said, self.state, key=STATES.index)  # no better than before,
-                said = "collapsed" if said == "collapsing" else said  # and dead if it was near it
+        self.best_reward = max(self.best_reward, *rewards, -math.inf)
+        lost = self.best_reward > 0 and any(
+            reward < self.limits.lost * self.best_reward for reward in rewards[-1:]
+        )
+        if lost:
+            said = max(said, self.state, key=STATES.index)
+            if said == "collapsing" or self._moved(judged):
+                said = "collapsed"
         self.state = said
-        return tuple(seen), said, _evidence(judged, said, whys)
+        why = _evidence(judged, said, whys)
+        if lost and said in ALARMS:
+            why = f"the reward fell from {self.best_reward:.2g} to {rewards[-1]:.2g}; {why}"
+        return tuple(seen), said, why
+
+    def _moved(self, rows: Sequence[Row]) -> bool:
+        """Whether enough of the updates ever rose as fast as one that can ruin a policy."""
+        speeds = [self.modules[row.name].fastest for row in rows]
+        moved = sum(speed >= self.limits.moving_speed for speed in speeds)
+        return bool(moved) and moved >= self.limits.share * len(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is remembered, as dicts, lists, numbers and texts."""
@@ -170,6 +189,7 @@ def said_of(past: Past, row: Row, every: int, limits: Thresholds) -> tuple[str, 
     fallen = row.of_null <= limits.fall * past.peak and size >= limits.growth * past.size_at_peak
     past.falling = past.falling + 1 if fallen and size >= limits.large else 0
     speed = (size - before) / every**0.5  # steps in random directions add up so
+    past.fastest = max(past.fastest, speed)
     steps = "one step" if every == 1 else f"{every} steps"
     grew = f"its update grew by {size - before:.2g} of its weight in {steps}"
     few = f"{row.topk_energy:.0%} of its update's energy is in one direction"
