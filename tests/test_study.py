@@ -28,6 +28,7 @@ from structadapt.study import (
     runner,
     sft,
     statistics,
+    tables,
     tasks,
 )  # fmt: skip
 from structadapt.study import runs as cells
@@ -453,8 +454,9 @@ def test_the_report_reads_the_folders_alone(study, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_committed_report_is_that_of_the_committed_figures(tmp_path):
-    committed = ROOT / "docs" / "study"
+@pytest.mark.parametrize("folder", ["study", "study/smollm"])
+def test_the_committed_report_is_that_of_the_committed_figures(folder, tmp_path):
+    committed = ROOT / "docs" / folder
     report.write(committed, tmp_path)
     assert (tmp_path / "report.md").read_text() == (committed / "report.md").read_text()
     drawn = {p.name for p in (tmp_path / "figures").iterdir()}
@@ -589,6 +591,19 @@ def test_a_rule_is_followed_by_the_rate_whatever_it_is_called():
     at = statistics.following(rows, 1e-3, "linear", 64)
     assert [r["batch"] for r in at] == [64, 256]
     assert [r["rate"] for r in statistics.following(rows, 1e-3, "sqrt", 64)] == [1e-3, 2e-3]
+
+
+def test_the_papers_figures_stand_beside_what_it_ran():
+    rows = [row(rank, 1e-3, 0.4, False, alpha=alpha)
+            for rank in (8, 32, 64, 128) for alpha in ("2r", 4.0)]  # fmt: skip
+    head, *lines = tables.by_rate(rows)
+    assert head[-1] == "paper, batch 64"
+    assert {line[0]: line[-1] for line in lines if line[1] == "alpha = 2r"} == {
+        "LoRA r=8": "trains on", "LoRA r=32": "", "LoRA r=64": "73.1%", "LoRA r=128": "near floor",
+    }  # fmt: skip
+    assert not any(line[-1] for line in lines if line[1] != "alpha = 2r")
+    supervised = tables.by_rate([{**r, "method": "sft"} for r in rows])
+    assert supervised[0] == head[:-1] and len(supervised[1]) == len(head) - 1
 
 
 def test_the_picture_of_every_kind_is_drawn(tmp_path):

@@ -157,16 +157,18 @@ def spectra(rows: Sequence[Row], path: Path) -> Path | None:
     rows = [row for row in rows if row["adapter"] != "lora" or row["rank"] in shown]
     if not rows:
         return None
-    figure = new_figure(10.4, 4.2)
-    axes = figure.subplots(1, 2, sharey=True)
+    fates = sorted({row["collapsed"] for row in rows})
+    figure = new_figure(2.4 + 4.0 * len(fates), 4.2)
+    axes = np.atleast_1d(figure.subplots(1, len(fates), sharey=True))
     for i, (name, found) in enumerate(grouped(rows, whole_setting).items()):
-        for panel, died in zip(axes, (False, True), strict=True):
+        for panel, died in zip(axes, fates, strict=True):
             curves = [dict(row["curve"]) for row in found if row["collapsed"] == died]
             if curves:
                 x = sorted(set.intersection(*(set(curve) for curve in curves)))
                 y = [np.median([curve[n] for curve in curves]) for n in x]
                 panel.plot(x, y, linewidth=1.4, label=name, **style(i))
-    for panel, title in zip(axes, ("lived", "collapsed"), strict=True):
+    for panel, died in zip(axes, fates, strict=True):
+        title = "collapsed" if died else "lived"
         panel.set(xscale="log", yscale="log", ylim=(1e-3, 1.3), xlabel="i", title=title)
     axes[0].set_ylabel("s_i / s_1")
     _legend(axes)

@@ -4,8 +4,9 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 
 from structadapt.study.cell import RULES
-from structadapt.study.claims import BATCHES, PAPER_R64
+from structadapt.study.claims import BATCHES, HIGH, PAPER_R64, SWEPT
 from structadapt.study.statistics import (
+    PAPER,
     Limits,
     Row,
     by_scaling,
@@ -16,11 +17,13 @@ from structadapt.study.statistics import (
     limits,
     mean_of,
     parts,
+    scaling_of,
     setting,
     whole_setting,
 )
 
 Table = list[list[str]]
+NEAR, ON = "near floor", ("LoRA r=8", "DoRA r=16", "QuanTA 3 axes")  # the paper's words
 
 
 def cell(rows: Sequence[Row]) -> str:
@@ -34,9 +37,10 @@ def cell(rows: Sequence[Row]) -> str:
 
 
 def by_rate(rows: Sequence[Row]) -> Table:
-    """A line a setting, a column a learning rate. One batch size."""
+    """A line a setting, a column a learning rate, and what the paper found. One batch size."""
     rates = sorted({row["rate"] for row in rows})
-    lines = [["adapter", "scale rule", "scale", *(f"lr {rate:g}" for rate in rates)]]
+    last = f"paper, batch {BATCHES[0]}"
+    lines = [["adapter", "scale rule", "scale", *(f"lr {rate:g}" for rate in rates), last]]
     ranked = [row for row in rows if row["rank"] is not None]
     settings: list[tuple[str, list[Row]]] = []
     for rule, found in by_scaling(ranked).items():
@@ -46,8 +50,18 @@ def by_rate(rows: Sequence[Row]) -> Table:
     for rule, own in settings:
         scale = own[0]["scale"]
         cells = [cell([row for row in own if row["rate"] == rate]) for rate in rates]
-        lines.append([setting(own[0]), rule, "" if scale is None else f"{scale:.3g}", *cells])
-    return lines
+        scale = "" if scale is None else f"{scale:.3g}"
+        lines.append([setting(own[0]), rule, scale, *cells, _in_the_paper(own[0])])
+    return lines if any(line[-1] for line in lines[1:]) else [line[:-1] for line in lines]
+
+
+def _in_the_paper(row: Row) -> str:
+    """What the paper's abstract says of a setting with GRPO at its smallest batch."""
+    if row["method"] != "grpo" or (row["rank"] is not None and scaling_of(row) != PAPER):
+        return ""
+    said = {f"LoRA r={SWEPT}": f"{PAPER_R64[BATCHES[0]]:.1%}"}
+    said |= {f"LoRA r={rank}": NEAR for rank in HIGH} | dict.fromkeys(ON, "trains on")
+    return said.get(setting(row), "")
 
 
 def by_batch(rows: Sequence[Row]) -> Table:
@@ -56,13 +70,9 @@ def by_batch(rows: Sequence[Row]) -> Table:
     paper = {batch: f"{PAPER_R64[batch]:.1%}" for batch in BATCHES}
     lines = [
         ["learning rate", "adapter", *(f"batch {size}" for size in sizes)],
-        ["the paper's", "LoRA r=64", *(paper.get(size, "") for size in sizes)],
-        ["the paper's", "LoRA r=128, r=256", *("near floor" * (s in paper) for s in sizes)],
-        [
-            "the paper's",
-            "LoRA r=8, DoRA r=16, QuanTA",
-            *("trains on" * (s in paper) for s in sizes),
-        ],
+        ["the paper's", f"LoRA r={SWEPT}", *(paper.get(size, "") for size in sizes)],
+        ["the paper's", "LoRA r=128, r=256", *(NEAR * (s in paper) for s in sizes)],
+        ["the paper's", ", ".join(ON), *("trains on" * (s in paper) for s in sizes)],
     ]
     rules = [rule for rule in RULES if any(row["lr_rule"] == rule for row in rows)]
     bases = grouped(rows, lambda row: (whole_setting(row), row["lr"], row["lr_batch"]))
