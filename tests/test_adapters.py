@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import structadapt as sa
-from structadapt import dispatch
+from structadapt import forms
 from structadapt.adapters import quanta
 from structadapt.adapters.base import Adapter
 from structadapt.kernels import reference
@@ -247,7 +247,7 @@ def test_dora_loses_no_digits_whatever_the_magnitude(
 ):
     """Against the formula in float64: every error is that of a few roundings."""
     if plain:
-        monkeypatch.setattr(dispatch, "plain_tensors", lambda *tensors: False)
+        monkeypatch.setattr(forms, "plain_tensors", lambda *tensors: False)
     adapter = sa.DoRA(rank=3, alpha=6)
     x, W, b = layer((24, 64), dtype, bias, rows=(rows,))
     W = W / 2
