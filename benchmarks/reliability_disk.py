@@ -250,10 +250,13 @@ def race(write: Write, folder: Path, rounds: int) -> dict[str, Any]:
 def _seen(folder: Path) -> dict[str, bytes]:
     """The files that have their names, as far as they stay while they are read."""
     found = {}
-    for path in [*folder.glob("[!.]*"), *folder.glob("[!.]*/*")]:
-        with contextlib.suppress(OSError):
-            if path.is_file():
-                found[str(path.relative_to(folder))] = path.read_bytes()
+    for place, folders, files in os.walk(folder):  # which passes over a folder that is gone
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            with contextlib.suppress(OSError):
+                if not name.startswith("."):
+                    path = Path(place, name)
+                    found[str(path.relative_to(folder))] = path.read_bytes()
     return found
 
 

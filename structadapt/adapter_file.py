@@ -174,7 +174,9 @@ def _whole(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def _describe(entry: dict[str, Any]) -> tuple[Adapter, tuple[int, int]]:
     """The adapter and (out, in) of one layer's entry in the metadata."""
-    kind, config = entry["adapter"], dict(entry["config"])
+    kind, config = entry["adapter"], entry["config"]
+    if not isinstance(config, dict):  # dict() would take an empty text or list for one
+        raise ValueError(f"the config of a layer is no object, but {config!r:.50}")
     if kind not in Adapter.registry:
         raise ValueError(f"unknown adapter {kind!r}: known are {', '.join(Adapter.registry)}")
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}

@@ -171,6 +171,8 @@ def test_a_foreign_safetensors_file_is_refused(saved):
         (lambda h: h["layers"]["blocks.0.up"]["config"].update(depth=1), "damaged: TypeError"),
         (lambda h: h["layers"]["blocks.0.up"].update(shape=[64]), "not enough values"),
         (lambda h: h["layers"]["blocks.0.up"].update(shape=[64, -1]), "impossible shape"),
+        (lambda h: h["layers"]["blocks.0.up"].update(config=""), "no object, but ''"),
+        (lambda h: h["layers"]["blocks.0.up"].update(config=[]), "no object, but"),
         (lambda h: h["layers"].pop("blocks.0.up"), "has tensors of no layer: blocks.0.up.A"),
     ],
 )  # fmt: skip
