@@ -144,6 +144,12 @@ def test_what_is_refused(tmp_path):
             sa.grpo.Checkpoints(tmp_path, **wrong)
 
 
+def test_a_folder_may_be_text(tmp_path):
+    assert sa.grpo.Checkpoints(str(tmp_path)) == sa.grpo.Checkpoints(tmp_path)
+    with pytest.raises(TypeError, match="folder must be a path, got None: pass a str or a Path"):
+        sa.grpo.Checkpoints(None)
+
+
 def test_nested_values_come_back():
     value = {"a": [1, 2.5, None, True, "x"], 3: {"t": torch.arange(3)}, "inf": float("inf")}
     json_like, tensors = resume.flatten(value)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ logger = logging.getLogger("structadapt")
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """A folder with the last states of a run; ValueError for `every` or `keep` below 1.
+    """A folder (str or PathLike) with the last states of a run; ValueError for `every` or `keep`
+    below 1, TypeError for a folder that is no path.
 
     A state is the folder step-N: everything that the next step depends on, that is what the
     optimizer trains, the model's buffers, the optimizer, the scheduler, the guard, what observers
@@ -52,6 +54,9 @@ class Checkpoints:
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise ValueError(f"every and keep must be at least 1, got {self.every}, {self.keep}")
+        if not isinstance(self.folder, str | os.PathLike):
+            raise TypeError(f"folder must be a path, got {self.folder!r}: pass a str or a Path")
+        object.__setattr__(self, "folder", Path(self.folder))
 
     def save(
         self, learner: Learner, guard: Guard, records: Sequence[Record], step: Step, last: bool,
