@@ -192,7 +192,7 @@ def watched_runs(study: Path) -> list[Watched]:
 
 def blank(row: dict[str, Any]) -> states.Row:
     """A row that is still to be judged; null in JSON is what was not finite."""
-    values = {name: math.inf if value is None else value for name, value in row.items()}
+    values: dict[str, Any] = {n: math.inf if v is None else v for n, v in row.items()}
     kept = states.NOT_JUDGED if row["state"] == states.NOT_JUDGED else "healthy"
     return states.Row(**values | {"shape": tuple(row["shape"]), "state": kept})
 

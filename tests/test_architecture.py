@@ -82,11 +82,12 @@ MAY_IMPORT = {
         "layers",
         "quantised",
     },
-    "grpo": {"files", "ops"},
+    "grpo": {"bounds", "files", "ops"},
     "integrations": {
         "adapter_file",
         "adapted",
         "adapters",
+        "bounds",
         "checkpoint",
         "files",
         "layers",

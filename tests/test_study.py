@@ -621,7 +621,11 @@ def test_the_picture_of_every_kind_is_drawn(tmp_path):
             rows.append(row(rank, lr, 0.4, lr == 1e-2, prompts=512, **more))
         rows.append(row(rank, 1e-3, 0.4, False, method="sft", **more))
     rows = [{**r, "after": {**r["after"], "greedy": 0.5}} for r in rows]
-    blocks = list(report.blocks_of(rows, [{"id": "x", "error": "a\nb"}], 30, tmp_path))
+    blocks = list(
+        report.blocks_of(
+            rows, report._judgements(rows), [{"id": "x", "error": "a\nb"}], 30, tmp_path
+        )
+    )
     names = {p.stem.rsplit("-", 1)[1] for p in tmp_path.glob("*.png")}
     assert names == {"batches", "cliff", "rates", "size", "spectra", "traces", "supervised", "kl"}
     text = "\n\n".join(map(report._markdown, blocks))

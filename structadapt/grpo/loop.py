@@ -15,13 +15,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from structadapt.bounds import few
 from structadapt.grpo import objective, processes
 from structadapt.grpo.config import Config, Step
 from structadapt.grpo.guard import CollapseError, Guard, Observer
 from structadapt.grpo.resume import Checkpoints
 from structadapt.grpo.rewards import Prompt, Reward, record, with_meta
 from structadapt.grpo.sampling import Batch, Sampler
-from structadapt.grpo.update import Context, Learner, NonfiniteGradientError, names_of
+from structadapt.grpo.update import Context, Learner, NonfiniteGradientError
 
 L = TypeVar("L", bound=Learner)
 
@@ -105,7 +106,7 @@ def prepared(
     short = [n for n, p in learner.parameters.items() if p.requires_grad and p.element_size() < 4]
     if short:
         raise ValueError(
-            f"{names_of(short)} would train in 16 bits, where most small steps are rounded away: "
+            f"{few(short)} would train in 16 bits, where most small steps are rounded away: "
             "keep what trains in fp32 (adapters are, over a base of any dtype)"
         )
     if config.kl_coef > 0 and reference is None:

@@ -12,7 +12,7 @@ from typing import Any
 from structadapt.grpo import verifiers
 from structadapt.grpo.sandbox import sandboxed
 
-Row = bytes | Mapping[str, Any]  # a line of a JSONL file, or one already read
+Line = bytes | Mapping[str, Any]  # a line of a JSONL file, or one already read
 SHOWN = 10  # malformed rows that an error names
 BOXED = "{question}\n\nReason step by step, and put the final answer in \\boxed{}."
 DEEPMATH = ("question", "final_answer", "difficulty", "topic")
@@ -30,7 +30,7 @@ def load_jsonl(
     for a file without a line.
     """
 
-    def convert(row: Row) -> dict[str, Any]:
+    def convert(row: Line) -> dict[str, Any]:
         fields = _object(row)
         _need(fields, (prompt, answer))
         question = fields[prompt]
@@ -69,7 +69,7 @@ def load_deepmath(
     if "{question}" not in template:
         raise ValueError(f"template must contain {{question}}, got {template!r}")
 
-    def convert(row: Row) -> dict[str, Any]:
+    def convert(row: Line) -> dict[str, Any]:
         fields = _object(row)
         _need(fields, DEEPMATH)
         question, answer, difficulty, topic = (fields[name] for name in DEEPMATH)
@@ -150,7 +150,7 @@ def _foreign(
 
 
 def _convert(
-    rows: Iterable[tuple[str, Row]], convert: Callable[[Row], dict[str, Any]]
+    rows: Iterable[tuple[str, Line]], convert: Callable[[Line], dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Every row converted, or one ValueError for the first few that cannot be."""
     records: list[dict[str, Any]] = []
@@ -168,7 +168,7 @@ def _convert(
     return records
 
 
-def _object(row: Row) -> Mapping[str, Any]:
+def _object(row: Line) -> Mapping[str, Any]:
     if not isinstance(row, bytes):
         return row
     if not row.strip():
@@ -199,7 +199,7 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
             yield f"{path}:{number}", line
 
 
-def _deepmath_rows(source: str | Path) -> Iterator[tuple[str, Row]]:
+def _deepmath_rows(source: str | Path) -> Iterator[tuple[str, Line]]:
     path = Path(source)
     kinds = {".jsonl": _lines, ".parquet": _parquet}
     if path.is_dir():
@@ -217,7 +217,7 @@ def _deepmath_rows(source: str | Path) -> Iterator[tuple[str, Row]]:
         yield from kinds[file.suffix](file)
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def _parquet(path: Path) -> Iterator[tuple[str, Line]]:
     """Without the columns of solutions, which are most of the file."""
     table = verifiers.library("pyarrow.parquet").ParquetFile(path)
     _need_columns(str(path), table.schema_arrow.names)
@@ -228,7 +228,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
             yield f"{path}, row {number}", row
 
 
-def _hub(name: str) -> Iterator[tuple[str, Row]]:
+def _hub(name: str) -> Iterator[tuple[str, Line]]:
     dataset = verifiers.library("datasets").load_dataset(name, split="train")
     _need_columns(name, dataset.column_names)
     for number, row in enumerate(dataset.select_columns(list(DEEPMATH)), 1):

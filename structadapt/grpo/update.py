@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import utils
 
+from structadapt.bounds import few
 from structadapt.grpo import objective, processes
 from structadapt.grpo.config import Config
 from structadapt.grpo.rollout import Rollout, evaluating, logprobs
@@ -202,9 +203,9 @@ class Learner:
             in_a_row = self.nonfinite >= self.config.max_nonfinite
             if self.config.nonfinite == "stop" or in_a_row or often:
                 count = f" ({self.left_out} of {self.attempts} updates)" if often else ""
-                message = f"the gradient norm is {norm}: not finite in {names_of(bad)}{count}"
+                message = f"the gradient norm is {norm}: not finite in {few(bad)}{count}"
                 raise NonfiniteGradientError(message, rollout, A)
-            logger.warning("an update is left out: its gradient is not finite in %s", names_of(bad))
+            logger.warning("an update is left out: its gradient is not finite in %s", few(bad))
             return None
         self.nonfinite = 0
         utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, whole)
@@ -253,8 +254,3 @@ def _finite(t: Tensor) -> bool:
 def slices(count: int, size: int | None) -> Iterator[slice]:
     size = size or max(count, 1)
     return (slice(start, start + size) for start in range(0, count, size))
-
-
-def names_of(parameters: Sequence[str], limit: int = 3) -> str:
-    more = f" and {len(parameters) - limit} more" if len(parameters) > limit else ""
-    return ", ".join(parameters[:limit]) + more

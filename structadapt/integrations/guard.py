@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from structadapt.bounds import few
+
 log = logging.getLogger(__name__)
 
 
@@ -94,8 +96,7 @@ class NonFiniteGuard(TrainerCallback):
         often = len(recent) == self.window and sum(recent) > self.share * self.window
         if row or often:
             self._unhook()
-            shown = ", ".join(layers[:5]) or "layers of another rank"
-            shown += f" and {len(layers) - 5} more" if len(layers) > 5 else ""
+            shown = few(layers, 5) or "layers of another rank"
             raise NonFiniteGradientError(
                 f"step {step}: gradients not finite in {shown}; {sum(recent)} of the last "
                 f"{len(recent)} steps were skipped. The adapters are as after the last good step. "

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from structadapt.adapter_file import AdapterFileError
 from structadapt.adapters.base import Adapter
+from structadapt.bounds import few
 from structadapt.checkpoint import fingerprint, has_base
 from structadapt.integrations.peft_layers import (
     PREFIX,
@@ -293,9 +294,8 @@ class StructAdaptModel(BaseTuner):
             f"{n} is not finite" for n, t in given.items() if not torch.isfinite(t).all()
         ]
         if differences:
-            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-            shown = "; ".join(differences[:3])
-            raise AdapterFileError(f"these adapters do not fit this model: {shown}{more}")
+            shown = few(differences, between="; ")
+            raise AdapterFileError(f"these adapters do not fit this model: {shown}")
         return {wanted[name]: tensor for name, tensor in given.items()}
 
 

@@ -19,6 +19,8 @@ from structadapt.study.claims import beyond, judged
 from structadapt.study.evidence import Claim
 from structadapt.study.statistics import Row, grouped, mean_of, parts
 
+Judgements = dict[str, tuple[list[Claim], list[Claim]]]  # of a subject: the paper's, and ours
+
 TITLE = "Which update survives GRPO"
 PICTURES = "figures"
 CELLS = (
@@ -58,11 +60,12 @@ def write(out: Path, to: Path) -> tuple[dict[str, Any], list[Path]]:
     pictures.mkdir(parents=True, exist_ok=True)
     for old in pictures.glob("*.png"):
         old.unlink()
-    blocks = list(blocks_of(rows, found["failed"], found["planned"], pictures))
+    judgements = _judgements(rows)
+    blocks = list(blocks_of(rows, judgements, found["failed"], found["planned"], pictures))
     best = tables.limits_of(tables.judgeable(rows), tables.first_kl)
     told = {
-        "claims": [{"of": name, **asdict(claim)} for name, own in _subjects(rows).items()
-                   for claim in (*judged(own), *beyond(own))],
+        "claims": [{"of": name, **asdict(claim)} for name, both in judgements.items()
+                   for claims in both for claim in claims],
         "limits": json.loads(strict(best and asdict(best))),
         "failed": found["failed"],
         "planned": found["planned"],
@@ -79,15 +82,17 @@ def write(out: Path, to: Path) -> tuple[dict[str, Any], list[Path]]:
 # -- what it says ----------------------------------------------------------------------------------
 
 
-def _subjects(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The runs of each model and task, those of the most first."""
+def _judgements(rows: Sequence[Row]) -> Judgements:
+    """Of each model and task, those with the most runs first."""
     found = grouped(rows, lambda row: f"{row['model']}, {row['task']}")
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+    subjects = sorted(found.items(), key=lambda item: -len(item[1]))
+    return {name: (judged(own), beyond(own)) for name, own in subjects}
 
 
 def blocks_of(
-    rows: Sequence[Row], failed: Sequence[dict[str, str]], planned: int, folder: Path
-) -> Iterable[Block]:
+    rows: Sequence[Row], judgements: Judgements, failed: Sequence[dict[str, str]], planned: int,
+    folder: Path,
+) -> Iterable[Block]:  # fmt: skip
     """The blocks; the pictures are drawn into `folder`."""
     yield Block("title", TITLE)
     collapsed = sum(row["collapsed"] for row in rows)
@@ -101,11 +106,11 @@ def blocks_of(
     )
     if failed:
         yield Block("table", [["failed", "error"], *([f["id"], f["error"]] for f in failed)])
-    for name, own in _subjects(rows).items():
+    for name, (papers, ours) in judgements.items():
         yield Block("head", f"The paper's claims: {name}")
-        yield Block("table", _claims(judged(own)))
+        yield Block("table", _claims(papers))
         yield Block("head", f"Beyond the paper: {name}")
-        yield Block("table", _claims(beyond(own)))
+        yield Block("table", _claims(ours))
     for part in parts(rows):
         yield from _part(part, folder)
     yield from _kl(rows, folder)

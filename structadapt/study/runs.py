@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 import structadapt as sa
+from structadapt.examples import monitoring
 from structadapt.examples.process import StepLog, peak_memory_mib, read_json
 from structadapt.files import locked, write_atomically
 from structadapt.grpo import processes
@@ -76,9 +77,7 @@ def _run(cell: Cell, folder: Path, stop: Stop, tell: Tell, save: bool) -> dict[s
     frozen = None if adapter else distributed.whole_state(model)
     before = _before(cell, base, task, bases)
     trained = _prepare(model, cell)
-    monitor = None
-    if cell.monitor:
-        monitor = sa.spectra.Monitor(model, cell.monitor, snapshots=adapter is None)
+    monitor = monitoring.watch(model, cell.monitor, full=adapter is None)
     found = _steps(cell, folder, base, task, trained, monitor)
     try:
         records, failure = _follow(found, cell, folder, len(task.prompts), stop, tell)
@@ -96,7 +95,7 @@ def _run(cell: Cell, folder: Path, stop: Stop, tell: Tell, save: bool) -> dict[s
         "id": cell.id,
         "parameters": sum(p.numel() for p in trained),
         "cold_start": base.cold_start,
-        "monitor": _states(monitor),
+        "monitor": monitoring.summary(monitor),
         "seconds": time.perf_counter() - began,  # of the process that ended it
         "peak_memory_mib": peak_memory_mib(),
         "versions": {n: version(n) for n in ("structadapt", "torch")},
@@ -219,15 +218,3 @@ def _save(model: torch.nn.Module, whole: dict[str, torch.Tensor] | None, folder:
         write_atomically(folder / "model.safetensors", safetensors.torch.save(whole))
     else:
         sa.save(model, folder / "adapter.safetensors")
-
-
-def _states(monitor: sa.spectra.Monitor | None) -> dict[str, Any] | None:
-    """The last state of the monitor with its evidence, and the first step of each that there
-    was."""
-    if monitor is None or not monitor.history:
-        return None
-    first: dict[str, int] = {}
-    for reading in monitor.history:
-        first.setdefault(reading.state, reading.step)
-    last = monitor.history[-1]
-    return {"state": last.state, "evidence": last.evidence, "first": first}
