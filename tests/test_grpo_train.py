@@ -455,7 +455,7 @@ def test_train_refuses_before_the_first_step(plain):
     low = copy.deepcopy(plain).requires_grad_(True).bfloat16()
     optimizer = torch.optim.SGD(low.parameters(), lr=1.0)
     with pytest.raises(
-        ValueError, match="embed.weight, up.weight, up.bias \(and 2 more\) would train in"
+        ValueError, match=r"embed.weight, up.weight, up.bias \(and 2 more\) would train in"
     ):
         sa.grpo.train(low, optimizer, [[1]], count_fives, config)
 
