@@ -168,6 +168,7 @@ class Watched:
     collapsed: bool
     every: int  # steps between looks
     rewards: list[float]  # of every step
+    kls: list[float]
     looks: list[tuple[int, list[states.Row]]]  # step, and its rows without their states
 
 
@@ -185,8 +186,8 @@ def watched_runs(study: Path) -> list[Watched]:
             [json.loads(line) for line in file.read_text().splitlines()] for file in files[2:]
         )
         looks = [(r["step"], [blank(row) for row in r["rows"]]) for r in readings]
-        rewards = [step["reward"] for step in steps]
-        found.append(Watched(summary["collapsed"], cell["monitor"], rewards, looks))
+        told = [step["reward"] for step in steps], [step["kl"] for step in steps]
+        found.append(Watched(summary["collapsed"], cell["monitor"], *told, looks))
     return found
 
 
@@ -202,7 +203,8 @@ def alarmed(run: Watched, limits: Thresholds) -> bool:
     names = [row.name for row in run.looks[0][1]] if run.looks else []
     judge = states.Judge(limits, run.every, dict.fromkeys(names, 0.0))
     for step, rows in run.looks:
-        _, state, _ = judge.look(rows, run.rewards[step + 1 - run.every : step + 1])
+        last = slice(step + 1 - run.every, step + 1)
+        _, state, _ = judge.look(rows, run.rewards[last], run.kls[last])
         if state in states.ALARMS:
             return True
     return False
@@ -213,14 +215,17 @@ def study_table(study: Path) -> str:
     runs = watched_runs(study)
     died = sum(run.collapsed for run in runs)
     lines = [
-        f"| `collapsing_speed` | `moving_speed` | found of {died} | false of {len(runs) - died} |",
-        "|--:|--:|--:|--:|",
+        "| `collapsing_speed` | `moving_speed` | `moving_kl` | "
+        f"found of {died} | false of {len(runs) - died} |",
+        "|--:|--:|--:|--:|--:|",
     ]
-    for moving in (0.02, 0.03, 0.05, 0.08, math.inf):
-        for speed in (0.14, 0.16, 0.2, 0.25, 0.36):
-            limits = replace(Thresholds(), collapsing_speed=speed, moving_speed=moving)
-            fates = [run.collapsed for run in runs if alarmed(run, limits)]
-            lines.append(f"| {speed} | {moving} | {sum(fates)} | {len(fates) - sum(fates)} |")
+    for moving, kl in ((math.inf, math.inf), (0.05, math.inf), (0.08, math.inf),
+                       (math.inf, 0.5), (0.05, 0.25), (0.05, 0.5), (0.05, 1.0)):  # fmt: skip
+        for speed in (0.14, 0.2, 0.25, 0.36):
+            some = {"collapsing_speed": speed, "moving_speed": moving, "moving_kl": kl}
+            fates = [run.collapsed for run in runs if alarmed(run, replace(Thresholds(), **some))]
+            counts = f"{sum(fates)} | {len(fates) - sum(fates)}"
+            lines.append(f"| {speed} | {moving} | {kl} | {counts} |")
     return "\n".join(lines)
 
 
@@ -238,8 +243,9 @@ def said(run: dict[str, Any], limits: Thresholds, every: int, reward: bool) -> l
     for step in range(every - 1, len(run["measures"]), every):
         seen = zip(layers, run["measures"][step], strict=True)
         rows = [states.row_of(*layer, *values) for layer, values in seen]
-        told = run["reward"][step + 1 - every : step + 1] if reward else ()
-        _, state, why = judge.look(rows, told)
+        last = slice(step + 1 - every, step + 1)
+        told = (run["reward"][last], run["kl"][last]) if reward else ()
+        _, state, why = judge.look(rows, *told)
         found.append((step, state, why))
     return found
 

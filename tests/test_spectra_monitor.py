@@ -354,6 +354,22 @@ def test_a_lost_reward_is_collapsed_once_the_updates_moved():
     assert history(*still, rewards=rewards)[2] == "collapsed"
 
 
+def test_a_lost_reward_is_collapsed_once_the_policy_moved():
+    """As in a pretrained model, whose updates are far smaller than its weights."""
+    names = ["blocks.0.q", "blocks.1.q"]
+
+    def states_of(kls, rewards):
+        judge = Judge(Thresholds(), 1, dict.fromkeys(names, 0.0))
+        rows = [replace(ONE, name=name, relative_spectral=1e-3) for name in names]
+        told = zip(kls, rewards, strict=True)
+        return [judge.look(rows, [reward], [kl])[1] for kl, reward in told]
+
+    lost = [0.5, 0.4, 0.02, 0.0]
+    assert states_of([0.9, 0.1, 0.0, 0.0], lost) == [*["healthy"] * 2, *["collapsed"] * 2]
+    assert set(states_of([0.4, 0.1, 0.0, 0.0], lost)) == {"healthy"}
+    assert set(states_of([0.9, 0.1, 0.0, 0.0], [0.5] * 4)) == {"healthy"}, "it moved, and no more"
+
+
 def test_enough_modules_must_have_moved():
     def state(*sizes):
         names = [f"layers.{i}" for i in range(len(sizes))]
@@ -451,7 +467,7 @@ def test_a_state_goes_on_as_if_there_had_been_no_break(tmp_path):
         monitor.delayed = delayed
         for step in range(30):
             moved(model, 0.05, step)
-            monitor.step(reward=0.1 * step)
+            monitor.step(reward=0.1 * step, kl=0.01 * step)
             if step in breaks:
                 kept = json.loads(json.dumps(sa.grpo.resume.flatten(monitor.state_dict())[0]))
                 tensors = sa.grpo.resume.flatten(monitor.state_dict())[1]

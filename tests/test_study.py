@@ -37,6 +37,7 @@ from structadapt.study.evidence import edge
 from structadapt.study.grid import parse
 
 ROOT = Path(__file__).parents[1]
+REPORTS = ["study", "study/smollm"]  # in docs/
 SMALL = """
 name = "tried"
 [run]
@@ -454,7 +455,7 @@ def test_the_report_reads_the_folders_alone(study, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["study", "study/smollm"])
+@pytest.mark.parametrize("folder", REPORTS)
 def test_the_committed_report_is_that_of_the_committed_figures(folder, tmp_path):
     committed = ROOT / "docs" / folder
     report.write(committed, tmp_path)
@@ -465,7 +466,8 @@ def test_the_committed_report_is_that_of_the_committed_figures(folder, tmp_path)
 
 def test_what_is_advised_is_what_was_measured():
     text = (ROOT / "docs" / "choosing.md").read_text()
-    table = (ROOT / "docs" / "study" / "report.md").read_text()
+    reports = [ROOT / "docs" / folder / "report.md" for folder in REPORTS]
+    table = "".join(report.read_text() for report in reports)
     quoted = re.findall(r"[0-9]+\.[0-9] ± [0-9]+", text)
     assert len(quoted) >= 5 and all(value in table for value in quoted)
     runs = collect.collected(ROOT / "docs" / "study")["runs"]
@@ -476,6 +478,14 @@ def test_what_is_advised_is_what_was_measured():
                   for r in main_part if r["adapter"] == adapter and r["rank"] >= least]  # fmt: skip
         assert statistics.errors(points, 0.157) == (9 if adapter == "lora" else 0)
     assert "0.157, is wrong for 9" in text
+
+
+def test_what_is_said_of_a_pretrained_model():
+    runs = collect.collected(ROOT / "docs" / "study" / "smollm")["runs"]
+    gained = {r["first_kl"]: r["after"]["sampled"] > r["before"]["sampled"] for r in runs}
+    assert len(gained) == 24
+    assert [kl < 0.49 for kl in gained] == [*gained.values()] and sum(gained.values()) == 16
+    assert min(kl for kl, learned in gained.items() if not learned) > 1.03
 
 
 def test_means_have_students_intervals():

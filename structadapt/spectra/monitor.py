@@ -20,7 +20,8 @@ from structadapt.spectra.report import plain
 from structadapt.spectra.states import MEASURES, NOT_JUDGED, Judge, Row, Thresholds
 
 ROWS_KEPT = 20_000  # of the history; older readings keep medians and bands
-Check = tuple[int, Tensor, Any, list[Any], Any]  # step, values, what to wait for, rewards, kl
+# Step, values, what to wait for, rewards and KLs since the check before.
+Check = tuple[int, Tensor, Any, list[Any], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class Monitor:
         self.history: list[Reading] = []
         self._steps = 0
         self._rewards: list[Any] = []  # since the last check
+        self._kls: list[Any] = []
         self._pending: Check | None = None
 
     # -- in the loop -------------------------------------------------------------------------------
@@ -129,16 +131,18 @@ class Monitor:
     def step(self, reward: Any = None, kl: Any = None) -> Reading | None:
         """Call after each optimizer step, on every process: a reading, if there is a new one.
 
-        reward, kl: numbers, or tensors with one element, that go into the reading. The highest
-        reward of all steps counts, so pass it at every step.
+        reward, kl: numbers, or tensors with one element, that go into the reading; the KL is that
+        of the step, in nats a token. The highest of all steps count, so pass them at every one.
         """
         step, self._steps = self._steps, self._steps + 1
         self._rewards += [] if reward is None else [reward]
+        self._kls += [] if kl is None else [kl]
         if self._steps % self.every:
             return None
         self._note_unseen()
-        rewards, self._rewards = self._rewards, []
-        return self._next((step, *_to_host(self._measure()), rewards, kl))
+        check = (step, *_to_host(self._measure()), self._rewards, self._kls)
+        self._rewards, self._kls = [], []
+        return self._next(check)
 
     def after(self, step: _Step) -> Sequence[str]:
         """`step` for `grpo.train`: an alarm while the model's state is one that ruins it."""
@@ -156,10 +160,10 @@ class Monitor:
             self._pending, check = check, self._pending
         if check is None:
             return None
-        step, values, copied, rewards, kl = check
+        step, values, copied, rewards, kls = check
         if copied is not None:
             copied.synchronize()
-        reading = self._read(step, values, [float(reward) for reward in rewards], _number(kl))
+        reading = self._read(step, values, _numbers(rewards), _numbers(kls))
         self.history.append(reading)
         old = len(self.history) - max(ROWS_KEPT // len(self.updates), 1) - 1
         if old >= 0:
@@ -186,9 +190,9 @@ class Monitor:
         every = zip(self.updates, self._bases, values.tolist(), strict=True)
         return [states.row_of(update, base, *seen) for update, base, seen in every]
 
-    def _read(self, step: int, values: Tensor, rewards: list[float], kl: float | None) -> Reading:
-        rows, state, evidence = self.judge.look(self._rows(values), rewards)
-        reward = rewards[-1] if rewards else None
+    def _read(self, step: int, values: Tensor, rewards: list[float], kls: list[float]) -> Reading:
+        rows, state, evidence = self.judge.look(self._rows(values), rewards, kls)
+        reward, kl = (told[-1] if told else None for told in (rewards, kls))
         judged = [row for row in rows if row.state != NOT_JUDGED]
         bands = {name: states.band([getattr(row, name) for row in judged]) for name in MEASURES}
         return Reading(step, state, evidence, bands, rows, reward, kl)
@@ -200,15 +204,15 @@ class Monitor:
         numbers, texts and tensors. Waits for a check that is still on the device."""
         pending = None
         if self._pending is not None:
-            step, values, copied, rewards, kl = self._pending
+            step, values, copied, rewards, kls = self._pending
             if copied is not None:
                 copied.synchronize()
-            pending = [step, values, [float(reward) for reward in rewards], _number(kl)]
+            pending = [step, values, _numbers(rewards), _numbers(kls)]
         return {
             "every": self.every,
             "modules": [update.name for update in self.updates],
             "steps": self._steps,
-            "rewards": [float(reward) for reward in self._rewards],
+            "told": [_numbers(self._rewards), _numbers(self._kls)],
             "judge": self.judge.state_dict(),
             "history": [asdict(reading) for reading in self.history],
             "pending": pending,
@@ -233,14 +237,15 @@ class Monitor:
             base if update.start is None else updates.base_of(update)[0]
             for update, base in zip(self.updates, self._bases, strict=True)
         ]
-        self._steps, self._rewards = state["steps"], list(state["rewards"])
+        self._steps = state["steps"]
+        self._rewards, self._kls = map(list, state["told"])
         self.judge.load_state_dict(state["judge"])
         self.history = [_reading(kept) for kept in state["history"]]
         pending = state["pending"]
         self._pending = None
         if pending is not None:
-            step, values, rewards, kl = pending
-            self._pending = (step, values, None, rewards, kl)
+            step, values, rewards, kls = pending
+            self._pending = (step, values, None, rewards, kls)
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
         """Write the history, one JSON object a reading, on the first process. The file is replaced
@@ -250,8 +255,8 @@ class Monitor:
             write_atomically(Path(path), "".join(f"{line}\n" for line in lines).encode())
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _numbers(values: Sequence[Any]) -> list[float]:
+    return [float(value) for value in values]
 
 
 def _to_host(values: Tensor) -> tuple[Tensor, Any]:

@@ -33,7 +33,8 @@ class Thresholds:
     growth: float = 2.0  # relative_spectral that grew so many times since then, and
     large: float = 1.0  # is at least this
     lost: float = 0.1  # share of its highest below which a reward is lost; that is collapsed where
-    moving_speed: float = 0.05  # updates rose so fast before
+    moving_speed: float = 0.05  # updates rose so fast before,
+    moving_kl: float = 0.5  # or the policy moved so far in one step, in nats a token
     window: int = 3  # checks that such a fall lasts
     share: float = 0.5  # of the modules that make the model's state
     rise: int = 1  # checks in a row that bring a worse state
@@ -118,22 +119,24 @@ class Judge:
 
     Rewards count where their highest is above 0: a share of a number that is not positive says
     nothing. While the last is below `Thresholds.lost` of the highest, the model's state gets no
-    better, and is "collapsed" if it was "collapsing" or if enough of the updates ever moved at
-    `Thresholds.moving_speed`. A lost reward alone makes no state.
+    better, and is "collapsed" if it was "collapsing", if enough of the updates ever moved at
+    `Thresholds.moving_speed`, or the policy by `Thresholds.moving_kl`. A lost reward alone makes no
+    state.
     """
 
     def __init__(self, limits: Thresholds, every: int, start: dict[str, float]) -> None:
         self.limits, self.every = limits, every
         self.state = "healthy"  # of the model
         self.modules = {name: Past(sizes=[size]) for name, size in start.items()}
-        self.best_reward = -math.inf
+        self.best_reward = self.highest_kl = -math.inf
 
     def look(
-        self, rows: Sequence[Row], rewards: Sequence[float] = ()
+        self, rows: Sequence[Row], rewards: Sequence[float] = (), kls: Sequence[float] = ()
     ) -> tuple[tuple[Row, ...], str, str]:
         """The rows with their states, the model's state, and one sentence that says why.
 
-        rewards: those since the last check. What is not judged has no part in the model's state.
+        rewards, kls: those since the last check. What is not judged has no part in the model's
+        state.
         """
         whys: dict[str, str] = {}
         seen = []
@@ -146,6 +149,7 @@ class Judge:
         judged = [row for row in seen if row.state != NOT_JUDGED]
         said = said_of_model(judged, self.limits)
         self.best_reward = max(self.best_reward, *rewards, -math.inf)
+        self.highest_kl = max(self.highest_kl, *kls, -math.inf)
         lost = self.best_reward > 0 and any(
             reward < self.limits.lost * self.best_reward for reward in rewards[-1:]
         )
@@ -160,7 +164,9 @@ class Judge:
         return tuple(seen), said, why
 
     def _moved(self, rows: Sequence[Row]) -> bool:
-        """Whether enough of the updates ever rose as fast as one that can ruin a policy."""
+        """Whether the policy, or enough of the updates, ever moved as one that can be ruined."""
+        if self.highest_kl >= self.limits.moving_kl:
+            return True
         speeds = [self.modules[row.name].fastest for row in rows]
         moved = sum(speed >= self.limits.moving_speed for speed in speeds)
         return bool(moved) and moved >= self.limits.share * len(rows)
@@ -168,12 +174,13 @@ class Judge:
     def state_dict(self) -> dict[str, Any]:
         """Everything that is remembered, as dicts, lists, numbers and texts."""
         modules = {name: dict(vars(past)) for name, past in self.modules.items()}
-        return {"state": self.state, "modules": modules, "best_reward": self.best_reward}
+        told = {"best_reward": self.best_reward, "highest_kl": self.highest_kl}
+        return {"state": self.state, "modules": modules, **told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.state = state["state"]
         self.modules = {name: Past(**past) for name, past in state["modules"].items()}
-        self.best_reward = state["best_reward"]
+        self.best_reward, self.highest_kl = state["best_reward"], state["highest_kl"]
 
 
 def said_of(past: Past, row: Row, every: int, limits: Thresholds) -> tuple[str, str]:
