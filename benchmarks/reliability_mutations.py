@@ -100,11 +100,19 @@ def agrees(data: bytes, model: nn.Module) -> bool:
     default of the adapter."""
     told, held = says(data), holds(model)
     return told.keys() == held.keys() and all(
-        kind == held[name][0]
-        and {**held[name][1], **config} == held[name][1]
-        and _equal(tensors, held[name][2])
+        kind == held[name][0] and _chosen(config, held[name][1]) and _equal(tensors, held[name][2])
         for name, (kind, config, tensors) in told.items()
     )
+
+
+def _chosen(config: dict[str, Any], held: dict[str, Any]) -> bool:
+    """Whether an adapter is the one that a configuration asks for. One of QuanTA may leave
+    out_axes open: axes are then those of either side."""
+    if config.get("out_axes", ()) in (None, ()) and "out_axes" in held:
+        axes = config.get("axes")
+        open_ = {"axes": held["axes"]} if axes == held["out_axes"] else {}
+        config = {**config, **open_, "out_axes": held["out_axes"]}
+    return {**held, **config} == held
 
 
 def _equal(told: dict[str, Tensor], held: dict[str, Tensor]) -> bool:
