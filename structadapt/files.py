@@ -93,11 +93,13 @@ def whole_folder(
 def refuse_foreign(path: str | os.PathLike[str], replaceable: Callable[[str], bool]) -> None:
     """FileExistsError if `path` holds anything that `replaceable` does not name."""
     path = Path(os.path.realpath(path))
-    if not path.exists():
+    try:  # in one look: another saver may take it away after a first
+        names = os.listdir(path)
+    except FileNotFoundError:
         return
-    if not path.is_dir():
-        raise FileExistsError(f"{path} is a file: give the name of a folder")
-    others = sorted(name for name in os.listdir(path) if not replaceable(name))
+    except NotADirectoryError:
+        raise FileExistsError(f"{path} is a file: give the name of a folder") from None
+    others = sorted(name for name in names if not replaceable(name))
     if others:
         raise FileExistsError(
             f"{path} also holds {few(others)}, which a new export would delete: "

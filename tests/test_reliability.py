@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import stopped_runs
 import torch
 
 import structadapt as sa
-from structadapt import adapter_file
+from structadapt import adapter_file, files
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -175,3 +176,21 @@ def test_the_table_is_the_committed_measurement(benchmark):
         json.loads(results.read_text()) if results.exists() else {}
     )
     assert f"\n\n{table}\n\n" in (ROOT / "docs" / "reliability.md").read_text()
+
+
+def test_a_folder_that_another_saver_takes_away_is_free(tmp_path, monkeypatch):
+    (tmp_path / "merged").mkdir()
+    look = os.listdir
+
+    def taken(path):
+        os.rename(path, tmp_path / "aside")
+        return look(path)
+
+    monkeypatch.setattr(os, "listdir", taken)
+    files.refuse_foreign(tmp_path / "merged", lambda name: False)
+    monkeypatch.undo()
+    (tmp_path / "aside" / "notes").touch()
+    with pytest.raises(FileExistsError, match="aside also holds notes"):
+        files.refuse_foreign(tmp_path / "aside", lambda name: False)
+    with pytest.raises(FileExistsError, match="notes is a file"):
+        files.refuse_foreign(tmp_path / "aside" / "notes", lambda name: False)
