@@ -5,7 +5,7 @@ backward is what the Triton forms hold; a twin in plain torch that wants more co
 """
 
 import math
-from typing import Any, List, TypeAlias  # noqa: UP035
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +15,12 @@ from structadapt.forms import QuanTAForm, implementation
 from structadapt.kernels import lean
 from structadapt.kernels.reference import no_autocast
 
-# torch 2.6 reads no schema with list[...].
-Tensors: TypeAlias = List[Tensor]  # noqa: UP006
-Needs: TypeAlias = List[bool]  # noqa: UP006
 
-
-def _wanted(grads: Any, needs: Needs) -> Tensors:
+def _wanted(grads: Any, needs: list[bool]) -> list[Tensor]:
     return [g.contiguous() for g, need in zip(grads, needs, strict=True) if need]
 
 
-def _fakes(tensors: Any, needs: Needs) -> Tensors:
+def _fakes(tensors: Any, needs: list[bool]) -> list[Tensor]:
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format)
         for t, need in zip(tensors, needs, strict=True)
@@ -32,7 +28,7 @@ def _fakes(tensors: Any, needs: Needs) -> Tensors:
     ]
 
 
-def _spread(grads: Tensors, needs: Needs) -> tuple[Tensor | None, ...]:
+def _spread(grads: list[Tensor], needs: list[bool]) -> tuple[Tensor | None, ...]:
     rest = iter(grads)
     return tuple(next(rest) if need else None for need in needs)
 
@@ -67,8 +63,8 @@ def _(x: Tensor, W: Tensor, bias: Any, A: Tensor, B: Tensor, scale: float) -> An
 @custom_op("structadapt::lora_linear_backward", mutates_args=())
 def _lora_backward(
     dy: Tensor, x: Tensor, h: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
-    scale: float, needs: Needs,
-) -> Tensors:  # fmt: skip
+    scale: float, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
     with no_autocast(x.device):
         kernels = implementation("lora_linear", x, W, A, B, rank=A.shape[0])
         return _wanted(kernels.lora_backward(dy, x, h, W, A, B, scale, tuple(needs)), needs)
@@ -127,8 +123,8 @@ def _(x: Any, W: Any, bias: Any, A: Any, B: Any, g: Any, scale: Any) -> Any:
 @custom_op("structadapt::dora_linear_backward", mutates_args=())
 def _dora_backward(
     dy: Tensor, x: Tensor, h: Tensor, y: Tensor, W: Tensor, bias: Tensor | None, A: Tensor,
-    B: Tensor, g: Tensor, scale: float, needs: Needs,
-) -> Tensors:  # fmt: skip
+    B: Tensor, g: Tensor, scale: float, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
     with no_autocast(x.device):
         kernels = implementation("dora_linear", x, W, A, B, g, rank=A.shape[0])
         if kernels is lean and needs[5]:  # wants the output before g
@@ -164,7 +160,7 @@ dora_linear.register_autograd(_dora_gradients, setup_context=_dora_context)
 
 @custom_op("structadapt::quanta_linear", mutates_args=())
 def quanta_linear(
-    x: Tensor, W: Tensor, bias: Tensor | None, gates: Tensors, frozen: Tensors,
+    x: Tensor, W: Tensor, bias: Tensor | None, gates: list[Tensor], frozen: list[Tensor],
     minus_eye: bool,
 ) -> Tensor:  # fmt: skip
     """y."""
@@ -178,16 +174,18 @@ def _(x: Any, W: Any, bias: Any, gates: Any, frozen: Any, minus_eye: Any) -> Any
     return _output(x, W)
 
 
-def _form(x: Tensor, W: Tensor, gates: Tensors, frozen: Tensors, minus_eye: bool) -> QuanTAForm:
+def _form(
+    x: Tensor, W: Tensor, gates: list[Tensor], frozen: list[Tensor], minus_eye: bool
+) -> QuanTAForm:
     kernels = implementation("quanta_linear", x, W, *gates, *frozen)
     return QuanTAForm(len(gates), minus_eye, kernels)
 
 
 @custom_op("structadapt::quanta_linear_backward", mutates_args=())
 def _quanta_backward(
-    dy: Tensor, x: Tensor, W: Tensor, bias: Tensor | None, gates: Tensors,
-    frozen: Tensors, minus_eye: bool, needs: Needs,
-) -> Tensors:  # fmt: skip
+    dy: Tensor, x: Tensor, W: Tensor, bias: Tensor | None, gates: list[Tensor],
+    frozen: list[Tensor], minus_eye: bool, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
     """Those of x, W, bias that are needed, then of every gate if one is."""
     with no_autocast(x.device):
         form = _form(x, W, gates, frozen, minus_eye)
