@@ -107,6 +107,7 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "monitor": ("monitor.json", of_script("monitor_table", "words")),
     "monitor_cpu": ("monitor_cpu.json", of_script("monitor_cpu")),
     "spectra_cpu": ("spectra_cpu.json", of_script("spectra_cpu")),
+    "reliability": ("reliability.json", of_script("reliability")),
 }
 
 
