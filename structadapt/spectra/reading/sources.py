@@ -94,6 +94,21 @@ def _refuse_no_choice(names: list[str], left: int, notes: list[str]) -> None:
         notes.append(f"{len(names) - left} matrices were left out by include and exclude")
 
 
+def _chosen_parts(
+    content: Content, chosen: Choice
+) -> tuple[dict[str, Stored], list[Update], Opened]:
+    """The whole matrices and the updates that are looked at, and what is opened, still without
+    matrices."""
+    notes = list(content.notes)
+    whole, skipped = _planes(content.tensors, notes, chosen)
+    planes = {name: stored for name, stored in whole.items() if chosen(name)}
+    updates = [update for update in content.updates if chosen(update.name)]
+    names = [*(update.name for update in content.updates), *whole]
+    _refuse_no_choice(names, len(updates) + len(planes), notes)
+    skipped = [entry for entry in [*content.skipped, *skipped] if chosen(entry.name)]
+    return planes, updates, Opened(content.what, [], skipped, notes, list(content.files))
+
+
 # -- whole weights ---------------------------------------------------------------------------------
 
 
@@ -137,22 +152,15 @@ def _planes(
 def _weights(
     content: Content, below: Content | None, allow_missing: bool, chosen: Choice
 ) -> Opened:
-    notes = list(content.notes)
-    found, skipped = _planes(content.tensors, notes, chosen)
-    planes = {name: stored for name, stored in found.items() if chosen(name)}
-    _refuse_no_choice([*found], len(planes), notes)
-    skipped = [entry for entry in [*content.skipped, *skipped] if chosen(entry.name)]
-    opened = Opened(content.what, [], skipped, notes, list(content.files))
+    planes, _, opened = _chosen_parts(content, chosen)
     if below is None:
         opened.matrices.extend(weight(name, stored) for name, stored in planes.items())
         return opened
     bases = _Bases(below, planes, opened, allow_missing)
     for name, stored in planes.items():
         _pair(name, stored, bases.find(name), opened)
-    _note_of_more(bases, planes, notes)
-    return Opened(
-        f"{content.what} less its base", opened.matrices, opened.skipped, notes, opened.files
-    )
+    _note_of_more(bases, planes, opened.notes)
+    return replace(opened, what=f"{content.what} less its base")
 
 
 def _pair(name: str, tuned: Stored, base: Stored | str, opened: Opened) -> None:
@@ -225,14 +233,8 @@ class _Bases:
 def _adapter(
     content: Content, below: Content | None, allow_missing: bool, chosen: Choice
 ) -> Opened:
-    notes = list(content.notes)
-    whole, skipped = _planes(content.tensors, notes, chosen)
-    planes = {name: stored for name, stored in whole.items() if chosen(name)}
-    updates = [update for update in content.updates if chosen(update.name)]
+    planes, updates, opened = _chosen_parts(content, chosen)
     names = [*(update.name for update in updates), *planes]
-    _refuse_no_choice([*(u.name for u in content.updates), *whole], len(names), notes)
-    skipped = [entry for entry in [*content.skipped, *skipped] if chosen(entry.name)]
-    opened = Opened(content.what, [], skipped, notes, list(content.files))
     bases = None if below is None else _Bases(below, names, opened, allow_missing)
     _add_updates(updates, bases, opened)
     for name, stored in planes.items():
