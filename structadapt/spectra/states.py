@@ -148,11 +148,10 @@ class Judge:
             seen.append(row)
         judged = [row for row in seen if row.state != NOT_JUDGED]
         said = said_of_model(judged, self.limits)
-        self.best_reward = max(self.best_reward, *rewards, -math.inf)
-        self.highest_kl = max(self.highest_kl, *kls, -math.inf)
-        lost = self.best_reward > 0 and any(
-            reward < self.limits.lost * self.best_reward for reward in rewards[-1:]
-        )
+        self.best_reward = max([self.best_reward, *rewards])
+        self.highest_kl = max([self.highest_kl, *kls])
+        last = rewards[-1] if rewards else math.inf
+        lost = self.best_reward > 0 and last < self.limits.lost * self.best_reward
         if lost:
             said = max(said, self.state, key=STATES.index)
             if said == "collapsing" or self._moved(judged):
@@ -160,7 +159,7 @@ class Judge:
         self.state = said
         why = _evidence(judged, said, whys)
         if lost and said in ALARMS:
-            why = f"the reward fell from {self.best_reward:.2g} to {rewards[-1]:.2g}; {why}"
+            why = f"the reward fell from {self.best_reward:.2g} to {last:.2g}; {why}"
         return tuple(seen), said, why
 
     def _moved(self, rows: Sequence[Row]) -> bool:
