@@ -26,6 +26,14 @@ POINTS = 256  # of a drawn curve
 LARGEST_NULL = 384  # side of the random matrices that are drawn
 
 
+def style(i: int) -> dict[str, Any]:
+    """A colour and a dash for the i-th line."""
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "linestyle": DASHES[i // len(COLOURS) % len(DASHES)],
+    }
+
+
 class Lines:
     """A colour and a dash for each name, the same in every picture of a report."""
 
@@ -33,11 +41,7 @@ class Lines:
         self.names = list(dict.fromkeys(names))
 
     def __getitem__(self, name: str) -> dict[str, Any]:
-        i = self.names.index(name)
-        return {
-            "color": COLOURS[i % len(COLOURS)],
-            "linestyle": DASHES[i // len(COLOURS) % len(DASHES)],
-        }
+        return style(self.names.index(name))
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from structadapt.spectra.drawing import COLOURS, DASHES, GREY, new_figure, written
+from structadapt.spectra.drawing import COLOURS, GREY, new_figure, style, written
 from structadapt.study.cell import RULES
 from structadapt.study.statistics import (
     Limits,
@@ -240,11 +240,6 @@ def _means(axes: Any, rows: Sequence[Row], key: Callable[[Row], float], label: s
     axes.plot(x, y, marker=MARKS[i % len(MARKS)], markersize=5, label=label, **style(i))
     x = [key(row) for row in rows]
     axes.scatter(x, list(map(final, rows)), s=7, color=style(i)["color"], alpha=0.5)
-
-
-def style(i: int) -> dict[str, str]:
-    """A colour and a dash for the i-th line."""
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % 3]}
 
 
 def top(rows: Sequence[Row]) -> float:

@@ -24,6 +24,11 @@ from structadapt.study.statistics import (
 
 Table = list[list[str]]
 NEAR, ON = "near floor", ("LoRA r=8", "DoRA r=16", "QuanTA 3 axes")  # the paper's words
+IN_THE_PAPER = {  # of a setting at its smallest batch
+    f"LoRA r={SWEPT}": f"{PAPER_R64[BATCHES[0]]:.1%}",
+    **{f"LoRA r={rank}": NEAR for rank in HIGH},
+    **dict.fromkeys(ON, "trains on"),
+}
 
 
 def cell(rows: Sequence[Row]) -> str:
@@ -59,9 +64,7 @@ def _in_the_paper(row: Row) -> str:
     """What the paper's abstract says of a setting with GRPO at its smallest batch."""
     if row["method"] != "grpo" or (row["rank"] is not None and scaling_of(row) != PAPER):
         return ""
-    said = {f"LoRA r={SWEPT}": f"{PAPER_R64[BATCHES[0]]:.1%}"}
-    said |= {f"LoRA r={rank}": NEAR for rank in HIGH} | dict.fromkeys(ON, "trains on")
-    return said.get(setting(row), "")
+    return IN_THE_PAPER.get(setting(row), "")
 
 
 def by_batch(rows: Sequence[Row]) -> Table:
