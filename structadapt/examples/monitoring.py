@@ -1,6 +1,5 @@
 """The spectral monitor in the example."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 from torch import nn
 
 import structadapt as sa
-from structadapt.examples.process import append, read_log
-from structadapt.files import write_atomically
+from structadapt.examples.process import append, read_log, write_log
 
 
 def watch(model: nn.Module, every: int, full: bool) -> sa.spectra.Monitor | None:
@@ -34,9 +32,7 @@ class ReadingLog:
         readings = self.monitor.history
         if self.written is None:
             there = {record["step"]: record for record in read_log(self.path)}
-            records = [there.get(reading.step, reading.to_dict()) for reading in readings]
-            text = "".join(f"{json.dumps(record)}\n" for record in records)
-            write_atomically(self.path, text.encode())
+            write_log(self.path, (there.get(r.step, r.to_dict()) for r in readings))
         else:
             append(self.path, [reading.to_dict() for reading in readings[self.written :]])
         self.written = len(readings)

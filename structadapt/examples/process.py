@@ -74,8 +74,7 @@ class StepLog:
         what the file holds from there on is replaced."""
         if not self.records:
             self.records = [r for r in read_log(self.path) if r["step"] < record["step"]]
-            kept = "".join(f"{json.dumps(r)}\n" for r in self.records)
-            write_atomically(self.path, kept.encode())
+            write_log(self.path, self.records)
         self.records.append(record)
         append(self.path, [record])
 
@@ -84,6 +83,11 @@ def append(path: Path, records: Iterable[Any]) -> None:
     """A line of JSON for each record, at the end of a file."""
     with open(path, "a") as file:
         file.writelines(f"{strict(record)}\n" for record in records)
+
+
+def write_log(path: Path, records: Iterable[Any]) -> None:
+    """A line of JSON for each record, in place of what the file held."""
+    write_atomically(path, "".join(f"{strict(record)}\n" for record in records).encode())
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
