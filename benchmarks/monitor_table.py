@@ -22,6 +22,7 @@ import math
 import random
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,7 @@ import structadapt as sa
 from structadapt.adapters import Adapter
 from structadapt.examples import tiny_lm
 from structadapt.examples.grpo import collapsed_at
+from structadapt.examples.process import read_json, read_log
 from structadapt.files import write_atomically
 from structadapt.spectra import Thresholds, states, updates
 from structadapt.spectra.states import STATES
@@ -161,6 +163,9 @@ def fill(path: Path, names: list[str], count: int, cold: float, limit: int, kept
 # -- runs of a study -------------------------------------------------------------------------------
 
 
+Looks = list[tuple[int, list[states.Row]]]  # step, and its rows without their states
+
+
 @dataclass(frozen=True)
 class Watched:
     """A run of GRPO in the folder of a study."""
@@ -169,22 +174,19 @@ class Watched:
     every: int  # steps between looks
     rewards: list[float]  # of every step
     kls: list[float]
-    looks: list[tuple[int, list[states.Row]]]  # step, and its rows without their states
+    looks: Looks
 
 
 def watched_runs(study: Path) -> list[Watched]:
     """Every finished run of GRPO that ended when it was absorbed, if it was."""
     found = []
     for folder in sorted((study / "cells").iterdir()):
-        files = [folder / name for name in (CELL, SUMMARY, STEPS, MONITOR)]
-        if not all(file.exists() for file in files):
+        cell, summary = read_json(folder / CELL), read_json(folder / SUMMARY)
+        if not summary or cell["method"] != "grpo":
             continue
-        cell, summary = (json.loads(file.read_text()) for file in files[:2])
-        if cell["method"] != "grpo" or not cell["stop_absorbed"] or not cell["monitor"]:
+        steps, readings = read_log(folder / STEPS), read_log(folder / MONITOR)
+        if not readings or not cell["stop_absorbed"]:
             continue
-        steps, readings = (
-            [json.loads(line) for line in file.read_text().splitlines()] for file in files[2:]
-        )
         looks = [(r["step"], [blank(row) for row in r["rows"]]) for r in readings]
         told = [step["reward"] for step in steps], [step["kl"] for step in steps]
         found.append(Watched(summary["collapsed"], cell["monitor"], *told, looks))
@@ -200,14 +202,8 @@ def blank(row: dict[str, Any]) -> states.Row:
 
 def alarmed(run: Watched, limits: Thresholds) -> bool:
     """Whether the monitor would have called it collapsing or collapsed."""
-    names = [row.name for row in run.looks[0][1]] if run.looks else []
-    judge = states.Judge(limits, run.every, dict.fromkeys(names, 0.0))
-    for step, rows in run.looks:
-        last = slice(step + 1 - run.every, step + 1)
-        _, state, _ = judge.look(rows, run.rewards[last], run.kls[last])
-        if state in states.ALARMS:
-            return True
-    return False
+    found = judged(run.looks, limits, run.every, run.rewards, run.kls)
+    return any(state in states.ALARMS for _, state, _ in found)
 
 
 def study_table(study: Path) -> str:
@@ -232,22 +228,29 @@ def study_table(study: Path) -> str:
 # -- what the monitor says of them -----------------------------------------------------------------
 
 
+def judged(
+    looks: Looks, limits: Thresholds, every: int, rewards: list[float], kls: list[float]
+) -> Iterator[tuple[int, str, str]]:
+    """(step, state, evidence) of every look. rewards, kls: of every step, or none."""
+    names = [row.name for row in looks[0][1]] if looks else []
+    judge = states.Judge(limits, every, dict.fromkeys(names, 0.0))
+    for step, rows in looks:
+        last = slice(step + 1 - every, step + 1)
+        yield step, *judge.look(rows, rewards[last], kls[last])[1:]
+
+
 def said(run: dict[str, Any], limits: Thresholds, every: int, reward: bool) -> list[tuple]:
     """(step, state, evidence) of every check of a run."""
     layers = [
         (updates.Tracked(name, tuple(shape), "", rank), updates.Base(*base))
         for name, shape, rank, *base in run["layers"]
     ]
-    judge = states.Judge(limits, every, {update.name: 0.0 for update, _ in layers})
-    found = []
+    looks = []
     for step in range(every - 1, len(run["measures"]), every):
         seen = zip(layers, run["measures"][step], strict=True)
-        rows = [states.row_of(*layer, *values) for layer, values in seen]
-        last = slice(step + 1 - every, step + 1)
-        told = (run["reward"][last], run["kl"][last]) if reward else ()
-        _, state, why = judge.look(rows, *told)
-        found.append((step, state, why))
-    return found
+        looks.append((step, [states.row_of(*layer, *values) for layer, values in seen]))
+    told = (run["reward"], run["kl"]) if reward else ([], [])
+    return list(judged(looks, limits, every, *told))
 
 
 def verdict(run: dict[str, Any], limits: Thresholds, every: int = 1, reward: bool = False) -> dict:
