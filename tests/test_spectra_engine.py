@@ -32,7 +32,8 @@ def test_slices_give_the_singular_values_of_the_whole(shape, dtype, method):
 
 
 def test_matrices_of_many_pieces_and_blocks(monkeypatch):
-    monkeypatch.setattr(engine, "CHUNK", 20_000)
+    monkeypatch.setattr(engine, "GRAM_CHUNK", (20_000, 1))
+    monkeypatch.setattr(engine, "QR_CHUNK", (20_000, 1))
     for shape in ((700, 600), (600, 700)):  # more than a leaf of the Gram matrix
         W = random(*shape, dtype=torch.float32)
         for method in ("auto", "svd"):

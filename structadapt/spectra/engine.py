@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 EPS = torch.finfo(torch.float64).eps
-LEAF = 256  # rows of a Gram matrix that are multiplied whole
-CHUNK = 2**22  # values that are float64 at a time: 32 MiB
+LEAF = 128  # rows of a Gram matrix that are multiplied whole
+GRAM_CHUNK = 2**20, 256  # values that are float64 at a time, and columns at least: fit for a cache
+QR_CHUNK = 2**22, 1
 METHODS = ("auto", "gram", "svd")
 
 Slices = Tensor | Iterable[Tensor]
@@ -73,11 +74,11 @@ def spectrum(
     m, k = shape = _checked_shape(rows, shape)
     n = min(m, k)
     if method == "svd":
-        R, unit = _triangle(_columns(rows, shape, device), n, device)
+        R, unit = _triangle(_columns(rows, shape, device, QR_CHUNK), n, device)
         # The SVD of CUDA is no faster at these sizes, and its default driver less accurate.
         s = torch.linalg.svdvals(R.cpu()) if n else R.new_zeros(0).cpu()
         return _spectrum(s, "svd", max(m, k) * EPS, unit)
-    G, unit = _gram(_columns(rows, shape, device), n, device)
+    G, unit = _gram(_columns(rows, shape, device, GRAM_CHUNK), n, device)
     energy = torch.linalg.eigvalsh(G).flip(0).clamp(min=0).cpu() if n else G.new_zeros(0).cpu()
     return _spectrum(energy.sqrt(), "gram", math.sqrt(n * EPS), unit)
 
@@ -117,7 +118,7 @@ def eigenvectors(
     floor. Arguments and errors as for `spectrum`."""
     shape = _checked_shape(rows, shape)
     n = min(shape)
-    G, unit = _gram(_columns(rows, shape, device), n, device)
+    G, unit = _gram(_columns(rows, shape, device, GRAM_CHUNK), n, device)
     energy, vectors = torch.linalg.eigh(G)
     energy, vectors = energy.flip(0).clamp(min=0), vectors.flip(1)
     j = int((energy > n * EPS * (energy[0].item() if n else 0.0)).sum())
@@ -140,12 +141,14 @@ def _checked_shape(rows: Slices, shape: tuple[int, int] | None) -> tuple[int, in
 
 
 def _columns(
-    rows: Slices, shape: tuple[int, int], device: str | torch.device
+    rows: Slices, shape: tuple[int, int], device: str | torch.device, chunk: tuple[int, int]
 ) -> Iterator[tuple[float, Tensor]]:
     """The matrix, with its smaller side n first, in pieces (n, c) in float64, and the largest
-    value, without sign, of what a piece was cut from."""
+    value, without sign, of what a piece was cut from. chunk: n c at most, unless c would be less
+    than the second."""
     m, k = shape
-    step = max(1, CHUNK // max(1, min(m, k)))
+    values, least = chunk
+    step = max(least, values // max(1, min(m, k)))
     if m >= k:
         for size, X in _slices(rows, shape, device):
             for part in X.split(step):
