@@ -33,7 +33,7 @@ class DoRA(LoRA):
     def init(self, W: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         p = super().init(W, generator)
         if W.is_meta:  # shapes alone: torch takes milliseconds for a norm of nothing
-            return {**p, "m": p["B"].new_empty(len(W))}
+            return {**p, "m": torch.empty(W.shape[0], dtype=p["B"].dtype, device="meta")}
         # The norm of V as the forward computes it, so that m / ||V|| is exactly 1.
         return {**p, "m": self.derived(W, p)["norm"].clone()}
 

@@ -59,7 +59,9 @@ class LoRA(Adapter):
         out_features, in_features = W.shape
         bound = 1 / math.sqrt(in_features)  # kaiming-uniform with a = sqrt(5)
         A = uniform((self.rank, in_features), bound, W, generator)
-        return {"A": A, "B": A.new_zeros(out_features, self.rank)}
+        # A header can describe 20,000 layers, and new_zeros takes long on the meta device.
+        B = torch.empty(out_features, self.rank, dtype=A.dtype, device=A.device).zero_()
+        return {"A": A, "B": B}
 
     def weight(self, W: Tensor, p: dict[str, Tensor]) -> Tensor:
         return ops.lora_weight(W, p["A"], p["B"], self.scale).to(W.dtype)
