@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 LARGEST_JSON = 32 * 2**20  # bytes; the header of 50,000 tensors has 7 MB
 MOST_VALUES = 2**19  # in it: a tensor in a header has 8, an adapted layer 25
 LONGEST_NAME = 1000  # characters, of a tensor or a layer
-LONGEST_MESSAGE = 2000  # characters
+LONGEST_MESSAGE, LONGEST_VALUE = 2000, 80  # characters, of an error and of a value in one
 METADATA = "__metadata__"  # the one entry of a safetensors header that is no tensor
 
 
@@ -56,9 +56,14 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def in_part(message: str) -> str:
-    """A message that quotes a file, which can hold a text of any length: the beginning of it."""
-    return message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}..."
+def in_part(text: str, most: int = LONGEST_MESSAGE) -> str:
+    """The beginning of a text that may be of any length, as a message that quotes a file."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def quoted(value: object, most: int = LONGEST_VALUE) -> str:
+    """A value in a message, at most the beginning of it."""
+    return in_part(repr(value), most)
 
 
 def few(names: Sequence[str], most: int = 3, between: str = ", ") -> str:

@@ -1,9 +1,11 @@
-"""Who looks at the operations of an op: then they have to be torch's own, one by one."""
+"""Who looks on: at the operations of an op, which then have to be torch's own, one by one; or at a
+module, which then has to be called."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PLAIN = getattr(Tensor, "__torch_dispatch__", None)
 
 
@@ -17,6 +19,11 @@ def observed() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something looks at what a module gets or gives, forward or backward."""
+    return any(getattr(module, name) for name in HOOKS)
 
 
 def has_own_operations(t: Tensor) -> bool:

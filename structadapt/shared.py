@@ -1,11 +1,11 @@
 """Layers that read the same input, as q, k, v of an attention or gate and up of an MLP do."""
 
-import torch
 from torch import Tensor, nn
 
 from structadapt import ops
 from structadapt.adapters.lora import LoRA
 from structadapt.layers import AdaptedLinear
+from structadapt.onlookers import HOOKS, has_hooks
 
 
 def shared_input(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
@@ -39,9 +39,6 @@ def _can_share(layer: nn.Module) -> bool:
         and layer.base_weight is None
         and not layer.pending
         and "forward" not in vars(layer)
-        and not any(getattr(layer, hooks) for hooks in HOOKS)
-        and not any(getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in HOOKS)
+        and not has_hooks(layer)
+        and not any(getattr(nn.modules.module, f"_global{name}") for name in HOOKS)
     )
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "quantised": set(),
     "layers": {"adapted", "quantised"},
     "merging": {"adapted", "layers", "ops"},
-    "shared": {"adapters", "layers", "ops"},
+    "shared": {"adapters", "layers", "onlookers", "ops"},
     "refusals": {"adapted"},
     "surgery": {"adapted", "adapters", "layers", "quantised", "planning", "refusals", "targets"},
     "adapter_file": {"adapters", "bounds", "files", "ops"},
@@ -82,7 +82,7 @@ MAY_IMPORT = {
         "layers",
         "quantised",
     },
-    "grpo": {"bounds", "files", "ops"},
+    "grpo": {"bounds", "files", "onlookers", "ops"},
     "integrations": {
         "adapter_file",
         "adapted",

@@ -128,7 +128,7 @@ class Run:
         """Cold start, GRPO, evaluation; writes every file of the directory."""
         began = time.perf_counter()
         self._write("config.json", self._describe())
-        if self.going_on and self._states.folder.is_dir():  # which the cold start came before
+        if self.going_on and self._states.path.is_dir():  # which the cold start came before
             base = safetensors.torch.load_file(self.out / "base.safetensors")
             self.model.load_state_dict(base)
         else:
@@ -165,7 +165,7 @@ class Run:
         }
         self._write("summary.json", summary)
         if not summary["interrupted"]:
-            shutil.rmtree(self._states.folder, ignore_errors=True)
+            shutil.rmtree(self._states.path, ignore_errors=True)
         return summary
 
     # -- the stages --------------------------------------------------------------------------------

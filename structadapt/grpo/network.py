@@ -41,9 +41,7 @@ class Network:
         parameters = signature.parameters
         self.cache_name = next((name for name in CACHE_NAMES if name in parameters), "")
         self.cached = bool(self.cache_name) and "use_cache" in parameters
-        self.keeps_last = (
-            "logits_to_keep" in parameters
-        )  # (N, 1, V) of a long prompt, not (N, L, V)
+        self.keeps_last = "logits_to_keep" in parameters  # (N, 1, V) of a prompt, not (N, L, V)
         first, *others = parameters.values()
         open_ended = any(p.kind is p.VAR_KEYWORD for p in others)
         known = {*MASK_NAMES, *POSITION_NAMES}

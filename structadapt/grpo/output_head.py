@@ -16,7 +16,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from structadapt.onlookers import has_hooks
+
 logger = logging.getLogger("structadapt")
 
 
@@ -41,19 +42,10 @@ class _StandIn(Tensor):
 
 CASTS = (Tensor.float, Tensor.to, Tensor.type_as)
 HARMLESS = (Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point)
-ATTRIBUTES = tuple(
-    getattr(Tensor, name)
-    for name in (
-        "shape",
-        "dtype",
-        "device",
-        "ndim",
-        "requires_grad",
-        "is_cuda",
-        "layout",
-        "_version",
-    )
-)
+ATTRIBUTES = (
+    Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.requires_grad, Tensor.is_cuda,
+    Tensor.layout, Tensor._version,
+)  # fmt: skip
 
 
 @dataclass
@@ -160,7 +152,7 @@ def find_head(model: nn.Module) -> OutputHead | None:
         return None
     path = _path(model, head)
     # A hook may look at the logits, and FSDP gathers weights in hooks; what is compiled is traced.
-    looked_at = any(getattr(module, name) for module in path for name in HOOKS)
+    looked_at = any(map(has_hooks, path))
     compiled = any(
         module._compiled_call_impl is not None
         or hasattr(module.forward, "_torchdynamo_orig_callable")

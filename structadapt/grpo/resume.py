@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from structadapt.bounds import quoted
 from structadapt.files import UNSEALED, has_seal, sealed, whole_folder, write_atomically
 from structadapt.grpo import processes, sharded
 from structadapt.grpo.config import Step
@@ -33,8 +34,8 @@ logger = logging.getLogger("structadapt")
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """A folder (str or PathLike) with the last states of a run; ValueError for `every` or `keep`
-    below 1, TypeError for a folder that is no path.
+    """A folder with the last states of a run; ValueError for `every` or `keep` below 1, TypeError
+    for a folder that is no path.
 
     A state is the folder step-N: everything that the next step depends on, that is what the
     optimizer trains, the model's buffers, the optimizer, the scheduler, the guard, what observers
@@ -47,7 +48,7 @@ class Checkpoints:
     torch.distributed.checkpoint: never whole in one place.
     """
 
-    folder: Path
+    folder: str | os.PathLike[str]
     every: int = 10  # steps
     keep: int = 2  # states
 
@@ -56,7 +57,11 @@ class Checkpoints:
             raise ValueError(f"every and keep must be at least 1, got {self.every}, {self.keep}")
         if not isinstance(self.folder, str | os.PathLike):
             raise TypeError(f"folder must be a path, got {self.folder!r}: pass a str or a Path")
-        object.__setattr__(self, "folder", Path(self.folder))
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return Path(self.folder)
 
     def save(
         self, learner: Learner, guard: Guard, records: Sequence[Record], step: Step, last: bool,
@@ -85,8 +90,8 @@ class Checkpoints:
 
     def _begin(self, step: Step, unfinished: ExitStack) -> Path:
         """A folder beside the state's place, which it takes when `unfinished` is closed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        target = self.folder / f"step-{step.step:08}"
+        self.path.mkdir(parents=True, exist_ok=True)
+        target = self.path / f"step-{step.step:08}"
         return unfinished.enter_context(whole_folder(target, lambda name: True))
 
     def keep_batch(self, step: int, rollout: Rollout, advantages: Tensor) -> None:
@@ -95,9 +100,9 @@ class Checkpoints:
         fields = {k: v for k, v in vars(rollout).items() if v is not None}
         tensors = {k: v.detach().cpu().contiguous() for k, v in fields.items()}
         tensors["advantages"] = advantages.detach().cpu().contiguous()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         rank = processes.rank_and_size()[0]
-        path = self.folder / f"nonfinite-step-{step:08}-process-{rank}.safetensors"
+        path = self.path / f"nonfinite-step-{step:08}-process-{rank}.safetensors"
         write_atomically(path, safetensors.torch.save(tensors))
         logger.error("the minibatch whose gradient is not finite is in %s", path)
 
@@ -114,18 +119,18 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Mark the run as finished: it is not gone on with."""
-        if processes.rank_and_size()[0] == 0 and self.folder.is_dir():
-            write_atomically(self.folder / FINISHED, b"")
+        if processes.rank_and_size()[0] == 0 and self.path.is_dir():
+            write_atomically(self.path / FINISHED, b"")
 
     def reopen(self) -> None:
         """Take the mark back, for a caller who does more before it calls a run finished."""
-        (self.folder / FINISHED).unlink(missing_ok=True)
+        (self.path / FINISHED).unlink(missing_ok=True)
 
     def _states(self) -> list[Path]:
         """The folders of states, the newest first."""
-        if not self.folder.is_dir():
+        if not self.path.is_dir():
             return []
-        named = [p for p in self.folder.iterdir() if re.fullmatch(r"step-\d{8}", p.name)]
+        named = [p for p in self.path.iterdir() if re.fullmatch(r"step-\d{8}", p.name)]
         return sorted(named, reverse=True)
 
     def restore(
@@ -137,18 +142,18 @@ class Checkpoints:
         Every process reads it, so all have to see the folder. Raises ValueError for the state of a
         finished run, or of another one, and says what differs.
         """
-        if (self.folder / FINISHED).exists():
-            raise ValueError(f"the run in {self.folder} is finished: give another folder")
+        if (self.path / FINISHED).exists():
+            raise ValueError(f"the run in {self.path} is finished: give another folder")
         states = self._states()
         seen = processes.gather([folder.name for folder in states])
         if any(names != seen[0] for names in seen):
             raise ValueError(
-                f"the processes find different states in {self.folder} ({seen}): it has to be one "
+                f"the processes find different states in {self.path} ({seen}): it has to be one "
                 "folder that all of them see"
             )
         found = next((pair for pair in map(_read, states) if pair is not None), None)
-        if learner.rank == 0 and self.folder.is_dir():
-            for unfinished in self.folder.glob(".step-*"):  # of a save that was killed
+        if learner.rank == 0 and self.path.is_dir():
+            for unfinished in self.path.glob(".step-*"):  # of a save that was killed
                 shutil.rmtree(unfinished, ignore_errors=True)
         if found is None:
             return None
@@ -159,8 +164,8 @@ class Checkpoints:
         if other:
             name = other[0]
             raise ValueError(
-                f"the run in {self.folder} is another one: its {name} is "
-                f"{_short(stored.get(name))}, and here {_short(here[name])}"
+                f"the run in {self.path} is another one: its {name} is "
+                f"{quoted(stored.get(name))}, and here {quoted(here[name])}"
             )
         state = unflatten(content["state"], tensors)
         _put(learner, guard, state, folder / sharded.FOLDER)
@@ -310,8 +315,3 @@ def _like(target: Tensor, value: Any, shards: dict[str, Tensor]) -> Any:
         return value
     shards[value.name] = torch.empty_like(target, dtype=value.dtype)
     return shards[value.name]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

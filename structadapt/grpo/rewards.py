@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structadapt.bounds import in_part, quoted
 from structadapt.grpo.rollout import Rollout
 
 Reward = Callable[..., float]
@@ -70,7 +71,7 @@ def numeric_match(prompt: Any, completion: str, meta: Mapping[str, Any]) -> floa
         raise TypeError("numeric_match reads text: pass tokenizer= to train")
     wanted = _whole(_plain(str(meta["answer"])))
     if wanted is None:
-        raise ValueError(f"the answer {_short(meta['answer'])} is not a number")
+        raise ValueError(f"the answer {quoted(meta['answer'])} is not a number")
     return float(_final(_plain(completion[-READ:])) == wanted)
 
 
@@ -175,7 +176,7 @@ def with_meta(reward: Reward) -> Callable[[Any, Any, Mapping[str, Any]], float]:
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
-            raise ValueError(f"{_short(value)} is not a finite number")
+            raise ValueError(f"{quoted(value)} is not a finite number")
         return number
 
     return checked
@@ -196,12 +197,12 @@ def record(prompt: Prompt, tokenizer: Any) -> Record:
     shown: Any = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     if isinstance(shown, str):
         if tokenizer is None:
-            raise ValueError(f"prompt {shown!r} is text: pass tokenizer=, or token ids")
+            raise ValueError(f"prompt {quoted(shown)} is text: pass tokenizer=, or token ids")
         ids = list(tokenizer.encode(shown))
     elif isinstance(shown, Sequence) and shown and all(isinstance(m, Mapping) for m in shown):
         if not hasattr(tokenizer, "apply_chat_template"):
             raise ValueError(
-                f"prompt {_short(shown)} is messages: pass tokenizer= with a chat template"
+                f"prompt {quoted(shown)} is messages: pass tokenizer= with a chat template"
             )
         ids = tokenizer.apply_chat_template(
             list(shown), add_generation_prompt=True, return_dict=False
@@ -211,12 +212,12 @@ def record(prompt: Prompt, tokenizer: Any) -> Record:
             ids = [operator.index(token) for token in shown]
         except TypeError:
             raise ValueError(
-                f"prompt {prompt!r} is neither token ids, nor text, nor a record with one of them "
-                'under "prompt"'
+                f"prompt {quoted(prompt)} is neither token ids, nor text, nor a record with one of "
+                'them under "prompt"'
             ) from None
         shown = ids if tokenizer is None else tokenizer.decode(ids)
     if not ids:
-        raise ValueError(f"prompt {prompt!r} has no token")
+        raise ValueError(f"prompt {quoted(prompt)} has no token")
     return Record(ids, shown, meta)
 
 
@@ -266,14 +267,6 @@ def score(
 
 def _fault(prompt: Any, completion: Any, error: Exception) -> str:
     return (
-        f"the reward of prompt {_short(prompt)}, completion {_short(completion)}: "
-        f"{type(error).__name__}: {_cut(str(error), 300)}"
+        f"the reward of prompt {quoted(prompt)}, completion {quoted(completion)}: "
+        f"{type(error).__name__}: {in_part(str(error), 300)}"
     )
-
-
-def _short(value: Any) -> str:
-    return _cut(repr(value), 120)
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"

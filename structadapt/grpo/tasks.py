@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from structadapt.bounds import quoted
 from structadapt.grpo import verifiers
 from structadapt.grpo.sandbox import sandboxed
 
@@ -36,7 +37,7 @@ def load_jsonl(
         question = fields[prompt]
         ids = isinstance(question, list) and all(type(token) is int for token in question)
         if not question or not (isinstance(question, str) or ids):
-            raise ValueError(f'"{prompt}" is {_short(question)}, neither text nor token ids')
+            raise ValueError(f'"{prompt}" is {quoted(question)}, neither text nor token ids')
         rest = {name: value for name, value in fields.items() if name not in (prompt, answer)}
         if clash := rest.keys() & {"prompt", "answer"}:
             raise ValueError(f'has "{min(clash)}" beside "{prompt}" and "{answer}"')
@@ -75,10 +76,10 @@ def load_deepmath(
         question, answer, difficulty, topic = (fields[name] for name in DEEPMATH)
         for name in ("question", "final_answer", "topic"):
             if not (isinstance(fields[name], str) and fields[name].strip()):
-                raise ValueError(f'"{name}" is {_short(fields[name])}, not text')
+                raise ValueError(f'"{name}" is {quoted(fields[name])}, not text')
         number = isinstance(difficulty, int | float) and not isinstance(difficulty, bool)
         if not (number and math.isfinite(difficulty)):
-            raise ValueError(f'"difficulty" is {_short(difficulty)}, not a finite number')
+            raise ValueError(f'"difficulty" is {quoted(difficulty)}, not a finite number')
         prompt = template.replace("{question}", question)
         return {"prompt": prompt, "answer": answer, "difficulty": difficulty, "topic": topic}
 
@@ -180,7 +181,7 @@ def _object(row: Line) -> Mapping[str, Any]:
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError too
         raise ValueError(f"is not JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"is {_short(fields)}, not an object")
+        raise ValueError(f"is {quoted(fields)}, not an object")
     return fields
 
 
@@ -190,7 +191,7 @@ def _refuse_constant(name: str) -> None:
 
 def _need(fields: Mapping[str, Any], names: Iterable[str]) -> None:
     if missing := [name for name in names if fields.get(name) is None]:
-        raise ValueError(f"has no {', '.join(map(repr, missing))}, but {_short(list(fields))}")
+        raise ValueError(f"has no {', '.join(map(repr, missing))}, but {quoted(list(fields))}")
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -238,8 +239,3 @@ def _hub(name: str) -> Iterator[tuple[str, Line]]:
 def _need_columns(where: str, names: list[str]) -> None:
     if missing := [name for name in DEEPMATH if name not in names]:
         raise ValueError(f"{where} has no column {', '.join(map(repr, missing))}, but {names}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

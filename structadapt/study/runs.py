@@ -82,7 +82,7 @@ def _run(cell: Cell, folder: Path, stop: Stop, tell: Tell, save: bool) -> dict[s
     try:
         records, failure = _follow(found, cell, folder, len(task.prompts), stop, tell)
     finally:
-        if monitor is not None:
+        if monitor is not None and first:
             monitor.to_jsonl(folder / folders.MONITOR)
     after = None if failure else tasks.accuracy(base, task, cell, _merged(model, cell))
     whole = None if adapter else distributed.whole_state(model)
