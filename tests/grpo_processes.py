@@ -91,6 +91,26 @@ def run(name, folder=None, steps=99):
     return whole, records
 
 
+def evaluated(sharded=False, reward=reward):
+    """(what `evaluate` finds, the prompts that this process rewarded): batches of two prompts a
+    process, and one prompt is left for the last."""
+    bare, own = model(), []
+    if sharded and dist.is_initialized():
+        fully_shard(bare)
+
+    def seen(prompt, completion):
+        own.append(prompt)
+        return reward(prompt, completion)
+
+    config = sa.grpo.Config(**COMMON)
+    how = {"samples": 3, "k": (1, 2), "batch_size": 6, "spread": True}
+    return asdict(sa.grpo.evaluate(bare, PROMPTS, seen, config, **how)), own
+
+
+def broken_reward(prompt, completion):
+    return 1.0 / (prompt != [8])
+
+
 class Failing(nn.Module):
     """The logits of one rank are NaN."""
 
@@ -116,6 +136,11 @@ def main(out):
             found_file.write_bytes(found_file.read_bytes()[:-1])
         dist.barrier()
         found[f"{name} resumed"] = run(name, folder)
+    found |= {f"evaluate {sharded}": evaluated(sharded) for sharded in (False, True)}
+    try:
+        evaluated(reward=broken_reward)
+    except RuntimeError as error:
+        found["evaluate, broken"] = str(error)
     everyone = [None] * size
     dist.all_gather_object(everyone, found)
     for sharded in (False, True):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from grpo_processes import CASES, run
+from grpo_processes import CASES, PROMPTS, evaluated, run
 
 from structadapt.grpo import processes
 
@@ -57,6 +57,18 @@ def test_they_go_on_where_they_were_stopped(two, name):
         assert all(torch.equal(whole[0][n], resumed[0][n]) for n in whole[0])
         first = 0 if name == "whole" else 1
         assert [r["reward"] for r in resumed[1]] == [r["reward"] for r in whole[1]][first:]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_evaluation_is_spread(two, sharded):
+    whole, _ = evaluated()
+    (first, its), (second, others) = (rank[f"evaluate {sharded}"] for rank in two)
+    assert first == second == whole
+    assert 0 < whole["mean"] < 1 and whole["count"] == 3 * len(PROMPTS)
+    own = [[p for p in PROMPTS[i::2] for _ in range(3)] for i in range(2)]
+    assert [its, others] == own
+    assert all("rewards failed" in rank["evaluate, broken"] for rank in two)
+    assert "another process failed" in two[0]["evaluate, broken"]
 
 
 def test_one_process_is_all_there_is():

@@ -4,13 +4,15 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from structadapt.grpo import processes
 from structadapt.grpo.config import Config
-from structadapt.grpo.rewards import Prompt, Reward, record, score, with_meta
+from structadapt.grpo.rewards import Prompt, Reward, Scores, record, score, with_meta
 from structadapt.grpo.rollout import evaluating
 from structadapt.grpo.sampling import sample
 from structadapt.grpo.update import Context, slices
@@ -50,12 +52,17 @@ def evaluate(
     rollout_context: Context = nullcontext,
     seed: int = 0,
     batch_size: int = 512,
+    spread: bool = False,
 ) -> Evaluation:
     """Completions of each prompt, sampled at the config's temperature or greedy, in eval mode.
 
     samples: completions of each prompt. k: the k of `pass_at_k` to report, at most `samples`; a
     completion is right if its reward is 1 or more. The same seed gives the same samples, whatever
-    the batch size (up to rounding).
+    the batch size and the number of processes (up to rounding).
+    batch_size: completions that one process samples at once.
+    spread: the processes of torch.distributed, which all call this, share the prompts, and each
+    returns the whole. Without it a process that calls this evaluates all of them (of a sharded
+    model every process has to).
 
     The interval is Wilson's (1927) if every reward is 0 or 1 and a prompt has one, else the normal
     one over the prompts' means. ValueError for no prompts, prompts of the wrong form, samples < 1,
@@ -69,18 +76,31 @@ def evaluate(
             f"greedy={greedy}, k={tuple(k)}"
         )
     records = [record(prompt, tokenizer) for prompt in prompts]
-    rewards, faults, checked = [], 0, with_meta(reward)
+    rank, size = processes.rank_and_size() if spread else (0, 1)
+    rewards, faults, checked = dict[int, Tensor](), 0, with_meta(reward)
     temperature = 0.0 if greedy else config.temperature
+
+    def look(places: Sequence[int]) -> Scores:
+        drawn = places or [0]  # the forward of a sharded model needs every process
+        batch = [records[p] for p in drawn]
+        keys = [(seed, EVALUATION, p, i) for p in drawn for i in range(samples)]
+        rollout = sample(model, batch, config, keys, temperature)
+        if not places:
+            return Scores(torch.empty(0, samples), ())
+        return score(rollout, batch, checked, config.eos_token_ids, tokenizer,
+                     config.max_reward_faults)  # fmt: skip
+
     with evaluating(model), rollout_context():
-        for rows in slices(len(records), max(batch_size // samples, 1)):
-            batch, places = records[rows], range(len(records))[rows]
-            keys = [(seed, EVALUATION, p, i) for p in places for i in range(samples)]
-            rollout = sample(model, batch, config, keys, temperature)
-            scores = score(rollout, batch, checked, config.eos_token_ids, tokenizer,
-                           config.max_reward_faults)  # fmt: skip
-            rewards.append(scores.rewards)
+        for rows in slices(len(records), size * max(batch_size // samples, 1)):
+            own = range(len(records))[rows][rank::size]
+            scores = processes.whole(partial(look, own)) if spread else look(own)
+            rewards |= zip(own, scores.rewards, strict=True)
             faults += len(scores.faults)
-    values = torch.cat(rewards)
+    if spread:
+        everyone = processes.gather((rewards, faults))
+        rewards = {p: values for own, _ in everyone for p, values in own.items()}
+        faults = sum(count for _, count in everyone)
+    values = torch.stack([rewards[p] for p in range(len(records))])
     right = (values >= 1).sum(1)
     pass_at = {n: over_prompts(pass_at_k(right, samples, n)) for n in k}
     whole = over_prompts(values.mean(1))  # the samples of one prompt are not independent

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import IO
 
@@ -95,7 +96,9 @@ def group(cell: Cell) -> Iterator[None]:
     """The process group of a cell, in a process that torchrun started."""
     if cell.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cell.device == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if cell.device == "cuda" else "gloo"
+    # torchrun ends them all when one dies; a long wait is for another cell's look at the base.
+    dist.init_process_group(backend, timeout=timedelta(days=1))
     try:
         yield
     finally:

@@ -144,11 +144,14 @@ def _before(cell: Cell, base: tasks.Base, task: tasks.Task, bases: Path) -> dict
     key = {name: getattr(cell, name) for name in names}
     path = bases / f"before-{digest(key)}.json"
     bases.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_name(f".{path.name}.lock")):
-        if not path.exists():
-            found = tasks.accuracy(base, task, cell, nullcontext)
-            folders.write(path, {"of": key, "accuracy": found})
-    return read_json(path)["accuracy"]
+    first = processes.rank_and_size()[0] == 0
+    with locked(path.with_name(f".{path.name}.lock")) if first else nullcontext():
+        known = processes.gather(read_json(path))[0]
+        if known is None:
+            known = {"of": key, "accuracy": tasks.accuracy(base, task, cell, nullcontext)}
+            if first:
+                folders.write(path, known)
+    return known["accuracy"]
 
 
 def _steps(

@@ -175,11 +175,12 @@ def _cold_start(model: tiny_lm.TinyLM, cell: Cell) -> dict[str, Any]:
 
 
 def accuracy(base: Base, task: Task, cell: Cell, context: Any) -> dict[str, Any]:
-    """Greedy and sampled, with their 95 % intervals, on the held-out problems."""
+    """Greedy and sampled, with their 95 % intervals, on the held-out problems. All processes of the
+    cell call this together."""
     how = config(cell, base.eos, base.pad, task.new_tokens)
     return evaluating.accuracy(
         base.model, task.held_out, task.reward, how, cell.samples, batch_size=256,
-        tokenizer=base.tokenizer, rollout_context=context,
+        tokenizer=base.tokenizer, rollout_context=context, spread=True,
     )  # fmt: skip
 
 
