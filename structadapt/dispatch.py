@@ -213,7 +213,8 @@ def traced_to_kernels(x: Tensor, W: Tensor, *others: Tensor, rank: int = 0) -> b
 
     By what a trace knows of all of its runs: not by rows, addresses or the device's age.
     """
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    # The flag itself: before torch 2.12 a compiler takes is_exporting() for true.
+    if not torch.compiler.is_compiling() or torch.compiler._is_exporting_flag:
         return False
     asked, device = current(), x.device.type
     if asked == "torch" or rank > LARGEST_RANK or not HAS_TRITON or torch.version.hip:
