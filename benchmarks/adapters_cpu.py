@@ -319,7 +319,7 @@ class Subject:
 
 def allocations(function: Callable[[], Any]) -> tuple[Any, list[int]]:
     """What a function returns, and the bytes it took (> 0) and gave back (< 0) in order."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         result = function()
     assert seen.profiler is not None and seen.profiler.kineto_results is not None
     events: list[Any] = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
