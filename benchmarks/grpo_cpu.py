@@ -31,8 +31,6 @@ update    Log-probabilities, loss, backward, clipping, optimizer; here also the 
 rest      What lies between.
 """
 
-import argparse
-import json
 import math
 import random
 import statistics
@@ -45,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import script
 import torch
 from torch import nn
 
@@ -410,31 +409,15 @@ def row(case: str, name: str, results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--table", action="store_true")
+    parser = script.parser(__doc__, RESULTS)
     parser.add_argument("--rounds", type=int, default=Case.rounds)
     parser.add_argument("--threads", type=int, default=Case.threads)
     parser.add_argument("--shared", action="store_true", help="say that other programs ran beside")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS.name}")
     options = parser.parse_args()
-    if not options.table:
-        cases = (
-            SMOKE
-            if options.smoke
-            else {
-                name: replace(case, rounds=options.rounds, threads=options.threads)
-                for name, case in CASES.items()
-            }
-        )
-        results = measure(cases, options.shared)
-        if not options.smoke or options.out != RESULTS:
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
-        print(table(results))
-    else:
-        print(table(json.loads(options.out.read_text())))
+    own = {"rounds": options.rounds, "threads": options.threads}
+    cases = {name: replace(case, **own) for name, case in CASES.items()}
+    cases = SMOKE if options.smoke else cases
+    script.show(options, RESULTS, lambda: measure(cases, options.shared), table)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 Nothing else should run on the machine meanwhile: the seconds are part of the result.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import script
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "grpo_example.json"
 SEEDS = (0, 1, 2)
@@ -72,21 +72,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS.name}")
-    options = parser.parse_args()
-    if not options.table:
-        results = measure(options.smoke)
-        if not options.smoke or options.out != RESULTS:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
-        print(table(results))
-    else:
-        print(table(json.loads(options.out.read_text())))
+    options = script.parser(__doc__, RESULTS).parse_args()
+    script.show(options, RESULTS, lambda: measure(options.smoke), table)
 
 
 if __name__ == "__main__":

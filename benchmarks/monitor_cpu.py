@@ -27,12 +27,12 @@ from typing import Any
 from unittest import mock
 
 import machine
+import script
 import torch
 from torch import Tensor, nn
 
 import structadapt as sa
 from structadapt.adapters import Adapter
-from structadapt.files import write_atomically
 from structadapt.layers import find_adapted
 from structadapt.spectra import updates
 
@@ -163,7 +163,7 @@ def main() -> None:
     }  # fmt: skip
     print(table(results))
     if not args.smoke:
-        write_atomically(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+        script.write(RESULTS, results)
 
 
 if __name__ == "__main__":

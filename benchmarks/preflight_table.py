@@ -12,7 +12,6 @@ The runs of protocol "1 update" choose the thresholds; those of "4 updates", whi
 optimizer steps on each rollout as `structadapt grpo` does, test them.
 """
 
-import argparse
 import copy
 import json
 import random
@@ -25,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import script
 import torch
 
 import structadapt as sa
 from structadapt.adapters import Adapter
 from structadapt.examples import evaluating, tiny_lm
-from structadapt.files import write_atomically
 from structadapt.grpo.trial import verdict_of
 from structadapt.study.statistics import errors, limits
 
@@ -190,7 +189,7 @@ def fill(path: Path, cases: list[tuple[str, float, int, Protocol]]) -> None:
             continue
         row = measure(name, lr, seed, protocol)
         results["rows"] = sorted([*results["rows"], row], key=lambda r: (r["protocol"], r["kl"]))
-        write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+        script.write(path, results)
         fate = "collapsed" if row["collapsed"] else "lived"
         print(f"{protocol.name}, seed {seed}, {name}, lr {lr:g}: KL {row['kl']:.3g}, {fate}, "
               f"{row['after']['sampled']:.3f}, {row['seconds']} s", file=sys.stderr)  # fmt: skip
@@ -267,12 +266,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS.name}")
+    parser = script.parser(__doc__, RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.smoke and options.out == RESULTS:

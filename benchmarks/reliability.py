@@ -19,7 +19,6 @@ disks      saving to full disks and read-only folders                a minute
 savers     two processes saving to one place                         a minute
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -37,9 +36,8 @@ import reliability_kills as kills  # noqa: E402
 import reliability_mutations as mutations  # noqa: E402
 import reliability_stream as stream  # noqa: E402
 import reliability_training as training  # noqa: E402
+import script  # noqa: E402
 import torch  # noqa: E402
-
-from structadapt.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results" / "reliability.json"
 PACKAGES = ("structadapt", "torch", "safetensors", "transformers", "numpy")
@@ -121,7 +119,7 @@ def measure(names: list[str], smoke: bool, again: bool, out: Path | None) -> dic
             here = machine.record(PACKAGES) | {"threads": torch.get_num_threads()}
             results[name] = {"machine": here, "result": found}
             if out is not None:
-                write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
+                script.write(out, results)
 
         print(name, file=sys.stderr)
         found = FIGURES[name].measure(before.get("result"), smoke, keep)
@@ -143,14 +141,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = script.parser(__doc__, RESULTS)
     parser.add_argument("--only", nargs="+", choices=tuple(FIGURES), default=[*FIGURES])
     parser.add_argument("--again", action="store_true", help="make figures that are there again")
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS.name}")
     options = parser.parse_args()
     if options.table:
         there = options.out.exists()

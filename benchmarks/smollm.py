@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import script
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "smollm.json"
 SETTINGS = {
@@ -46,7 +47,7 @@ def measure(out: Path, shared: bool) -> dict[str, Any]:
         for name, options in SETTINGS.items():
             folder = Path(scratch) / f"{len(results['runs'])}"
             results["runs"].append({"setting": name, **run(options, folder)})
-            out.write_text(json.dumps(results, indent=1) + "\n")
+            script.write(out, results)
             print(table(results), file=sys.stderr)
     return results
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import script
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "spectra_cpu.json"
@@ -315,26 +316,14 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"default: {RESULTS.name}")
+    parser = script.parser(__doc__, RESULTS)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         kind, path = options.child
         print(json.dumps(CHILDREN[kind](path)))
         return
-    if not options.table:
-        results = measure(options.smoke)
-        if not options.smoke or options.out != RESULTS:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
-        print(table(results))
-    else:
-        print(table(json.loads(options.out.read_text())))
+    script.show(options, RESULTS, lambda: measure(options.smoke), table)
 
 
 if __name__ == "__main__":
