@@ -568,7 +568,7 @@ def test_a_run_with_other_observers_is_another_one(tmp_path):
         checkpoints=sa.grpo.Checkpoints(tmp_path, every=1),
     )  # fmt: skip
     with pytest.raises(
-        ValueError, match=r'its observers is \["Monitor"\], and here \["Monitor", "M'
+        ValueError, match=r"its observers is \['Monitor'\], and here \['Monitor', 'M"
     ):
         next(steps)
 
