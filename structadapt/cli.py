@@ -25,8 +25,8 @@ WORDS = """Choose the structure of a weight update.
 
 exit codes, the same for every command:
     0    done
-    1    begun, and failed: a run diverged, a disk is full
-    2    bad input, nothing was begun; or an output that could not be written
+    1    a run was begun, and failed: it diverged, or its disk is full
+    2    bad input, nothing was begun; or a report that could not be written
     3    nothing can be said of all of it, or of a part
     4    what was looked for was found: a collapse, a finding of --fail-on
     130  Ctrl-C

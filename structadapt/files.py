@@ -39,8 +39,13 @@ def has_seal(data: bytes, seal: object) -> bool:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that `path` holds its old content or all of `data`, even after a crash.
 
-    A file that exists keeps its mode; a link keeps pointing.
+    A file that exists keeps its mode; a link keeps pointing. What is no file, as a pipe or
+    /dev/stdout, is written to as it is.
     """
+    if path.exists() and not path.is_file():
+        with open(path, "wb") as stream:
+            stream.write(data)
+        return
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # this call's alone
     try:

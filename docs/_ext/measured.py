@@ -112,16 +112,23 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
 
 
 def made_on(results: Results) -> str:
-    """Machine, versions and date, as far as a results file names them."""
-    machine = results.get("machine", {})
-    versions = machine.get("versions") or results.get("versions") or {}
+    """Machine, versions, date and commits, as far as a results file names them."""
+    parts = [v["machine"] for v in results.values() if isinstance(v, dict) and "machine" in v]
+    parts = parts or [results.get("machine", {})]  # of one that was made in parts, each has its own
+    machine, run = parts[0], next(iter(results.get("runs", [])), {})
     said = [machine.get("device") or machine.get("processor", "")]
     if "cores" in machine:
         said.append(f"{machine['cores']} cores")
-    said += [f"{k} {v}" for k, v in versions.items()]
+    for versions in (m.get("versions") for m in (machine, results, run)):
+        if versions:
+            said += [f"{k} {v}" for k, v in versions.items()]
+            break
+    said += [f"triton {results['triton']}" if "triton" in results else ""]
     said.append(str(machine.get("date") or results.get("date", "")))
-    if "commit" in machine:
-        said.append(f"commit {machine['commit']}")
+    commits = dict.fromkeys(part["commit"] for part in parts if "commit" in part)
+    said += [f"commit {commit}" for commit in commits]
+    changed = len(machine.get("changed", []))
+    said.append(f"with uncommitted changes in {changed} files" if changed else "")
     return ", ".join(text for text in said if text)
 
 
