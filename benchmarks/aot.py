@@ -231,14 +231,7 @@ def quanta_cases(arch: int, half: bool = False) -> dict[str, Any]:
         return torch.empty(shape, dtype=dtype)
 
     def chain(before: tuple[int, ...], after: tuple[int, ...]) -> list[quanta.Gate]:
-        sizes, gates = list(before), []
-        pairs = reference.quanta_pairs(len(sizes))
-        for k, (b, a) in enumerate(pairs):
-            old = sizes[b], sizes[a]
-            for axis in (b, a):  # an axis takes its new size at the last gate that has it
-                if not any(axis in pair for pair in pairs[k + 1 :]):
-                    sizes[axis] = after[axis]
-            gates.append(torch.empty(sizes[b], sizes[a], *old))
+        gates = [torch.empty(shape) for shape in reference.quanta_gate_shapes(after, before)]
         return quanta.chain_of(gates, dtype, minus_eye=True)
 
     M = 64

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from structadapt.kernels import reference
+
 STRIPE = 256  # columns of dY that a program of the one pass over it takes
 SPLIT_RANK = 64  # the largest rank that this pass can do
 TFLOPS, TBS = 790.0, 4.3
@@ -111,16 +113,12 @@ def dora_backward(M: int, N: int, K: int, r: int, plan: str = "triton") -> Stage
 
 def _gates(before: Sequence[int], after: Sequence[int]) -> list[tuple[int, int, int]]:
     """(outputs, inputs, other numbers of a token) of every gate, in order of application."""
-    sizes, n = list(before), len(before)
-    pairs = [(b, a) for a in range(n - 1, 0, -1) for b in range(a - 1, -1, -1)]
     found = []
-    for k, pair in enumerate(pairs):
-        inputs = math.prod(sizes[axis] for axis in pair)
-        others = math.prod(sizes) // inputs
-        for axis in pair:  # an axis takes its new size at the last gate that has it
-            if not any(axis in later for later in pairs[k + 1 :]):
-                sizes[axis] = after[axis]
-        found.append((math.prod(sizes[axis] for axis in pair), inputs, others))
+    shapes = reference.quanta_gate_shapes(tuple(after), tuple(before))
+    for pair, old, new in reference.quanta_steps(tuple(shapes)):
+        inputs = math.prod(old[axis] for axis in pair)
+        outputs = math.prod(new[axis] for axis in pair)
+        found.append((outputs, inputs, math.prod(old) // inputs))
     return found
 
 

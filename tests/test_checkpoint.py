@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 import structadapt as sa
 from structadapt.checkpoint import AdapterFileError, read_adapters
-from structadapt.files import UNSEALED, sealed
+from structadapt.files import UNSEALED, sealed, write_atomically
 
 
 def parts(path):
@@ -310,6 +310,15 @@ def test_hostile_descriptions_are_refused(net, tmp_path, entry):
     sa.save(sa.adapt(net, sa.QuanTA()), path)
     edited(path, lambda h: h["layers"]["blocks.0.attn"].update(entry))
     refuse(base, path, re.escape(str(path)))
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit((tmp_path / "pipe").read_bytes)
+        write_atomically(tmp_path / "pipe", b"all of it")
+        assert read.result(10) == b"all of it"
+    assert (tmp_path / "pipe").is_fifo() and len(os.listdir(tmp_path)) == 1
 
 
 def test_links_and_modes_are_kept(net, tmp_path):

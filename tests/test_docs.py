@@ -1,6 +1,7 @@
 """The documentation: its code runs, its links lead somewhere, it builds without a warning, and
 every public name has an entry."""
 
+import doctest
 import importlib.util
 import json
 import os
@@ -126,6 +127,24 @@ def test_every_public_name_has_an_entry(module):
     entries = set(re.findall(r"^\.\. auto(?:function|class|exception|module):: (\S+)", text, re.M))
     names = importlib.import_module(module).__all__
     assert {f"{module}.{name}" for name in names} - entries == set()
+
+
+def with_examples():
+    files = sorted((ROOT / "structadapt").rglob("*.py"))
+    return [f for f in files if "    >>> " in f.read_text() and "kernels" not in f.parts]
+
+
+@pytest.mark.parametrize("file", with_examples(), ids=lambda file: file.stem)
+def test_the_examples_of_docstrings_give_what_they_say(file):
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    module = importlib.import_module(name)
+    found = {name: value for name, value in vars(module).items() if callable(value)}
+    finder, runner = doctest.DocTestFinder(exclude_empty=True), doctest.DocTestRunner()
+    for key, value in found.items():
+        if getattr(value, "__module__", "") == name:
+            for test in finder.find(value, key, module, globs=vars(module).copy()):
+                runner.run(test)
+    assert runner.tries > 0 and runner.failures == 0
 
 
 def test_links_to_files_lead_somewhere():

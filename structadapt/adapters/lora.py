@@ -23,8 +23,8 @@ class LoRA(Adapter):
     s is alpha / rank; alpha / sqrt(rank) with scaling="alpha/sqrt(r)" (rsLoRA, Kalajdzievski
     2023); alpha itself with scaling="constant".
 
-    Raises ValueError for a rank that is not a positive integer, an alpha that is not a positive
-    finite number, or an unknown scaling.
+    Raises ValueError for a rank that is not an integer from 1 to 2^20, an alpha that is not a
+    positive number up to 1e9, or an unknown scaling.
     """
 
     rank: int = 8

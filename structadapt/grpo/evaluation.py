@@ -111,10 +111,17 @@ def pass_at_k(right: Tensor, samples: int, k: int) -> Tensor:
     """1 - C(n - c, k) / C(n, k), the unbiased estimate from n = `samples` completions of each
     prompt, c = `right` of which are right, that one of k is (Chen et al. 2021, eq. 1).
 
-    right (P,) int -> (P,) float64. ValueError for k outside [1, samples].
+    right (P,) int -> (P,) float64. ValueError for k outside [1, samples], or counts outside
+    [0, samples].
+
+    >>> import torch
+    >>> pass_at_k(torch.tensor([0, 1, 4]), samples=4, k=2)
+    tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
     """
     if not 1 <= k <= samples:
         raise ValueError(f"k must be in [1, {samples}], got {k}")
+    if ((right < 0) | (right > samples)).any():
+        raise ValueError(f"right must be in [0, {samples}], got {right.tolist()}")
     wrong = [math.comb(samples - int(c), k) / math.comb(samples, k) for c in right]
     return 1 - torch.tensor(wrong, dtype=torch.float64)
 

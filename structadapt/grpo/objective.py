@@ -30,6 +30,11 @@ def advantages(rewards: Tensor, scaling: Scaling = "group", eps: float = 1e-4) -
     with the sample standard deviation (n - 1). Where the rewards of a group lie within 1e-6, or
     1e-6 of the largest if that is above 1, and so for a group of one, A is exactly 0.
 
+    >>> import torch
+    >>> advantages(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), "none")
+    tensor([[ 0.5000, -0.5000],
+            [ 0.0000,  0.0000]])
+
     Raises ValueError for a tensor that is not (P, G), not finite, or an unknown scaling.
     """
     if rewards.dim() != 2:
@@ -70,7 +75,7 @@ def normalizer(mask: Tensor, kind: Loss, max_tokens: int) -> float:
 
     "grpo", "gspo": its sequences, "dapo", "cispo": its tokens, "dr_grpo": its sequences times the
     longest length allowed. Take it from the mask (N, T) of all micro-batches of an update, not of
-    one.
+    one. ValueError for another kind.
     """
     return divisor_of(mask.sum().item(), len(mask), kind, max_tokens)
 
@@ -121,9 +126,12 @@ def loss(
     """
     if divisor is None or kind not in LOSSES:
         divisor = normalizer(mask, kind, max_tokens or mask.shape[1])
-    if not logp.shape == old_logp.shape == mask.shape or advantages.numel() != len(logp):
-        shapes = ", ".join(str(tuple(t.shape)) for t in (logp, old_logp, mask, advantages))
-        raise ValueError(f"logp, old_logp, mask (N, T) and advantages (N,) have shapes {shapes}")
+    _alike(logp=logp, old_logp=old_logp, mask=mask)
+    if advantages.numel() != len(logp):
+        raise ValueError(
+            f"advantages must be one for each of {len(logp)} sequences, got shape "
+            f"{tuple(advantages.shape)}"
+        )
     A = advantages.reshape(-1, 1)
     rho = ratio(logp, old_logp, mask, kind)
     bounded = rho.clamp(1 - clip_low, 1 + clip_high)
@@ -177,7 +185,9 @@ def truncated_weights(
 ) -> Tensor:
     """min(exp(old_logp - sampler_logp), cap) of every token: importance weights for tokens that
     another policy drew than the one that old_logp is of, such as the same weights in another
-    precision (truncated importance sampling, Yao et al. 2025). Shapes (N, T)."""
+    precision (truncated importance sampling, Yao et al. 2025). Shapes (N, T); ValueError for
+    others."""
+    _alike(old_logp=old_logp, sampler_logp=sampler_logp, mask=mask)
     return ratio(old_logp, sampler_logp, mask).clamp(max=cap)
 
 
@@ -186,9 +196,16 @@ def kl(logp: Tensor, ref_logp: Tensor, kind: KL = "k3") -> Tensor:
 
     d = logp - ref_logp: "k1" is d, unbiased, of either sign; "k2" is d^2 / 2, biased, with the
     gradient of the KL; "k3" is exp(-d) - 1 + d, unbiased and never negative, with the gradient of
-    KL(reference || policy) (Schulman 2020; Tang & Munos 2025). Raises ValueError for another.
+    KL(reference || policy) (Schulman 2020; Tang & Munos 2025).
+
+    >>> import torch
+    >>> kl(torch.tensor([-1.0]), torch.tensor([-2.0]), "k1")
+    tensor([1.])
+
+    Raises ValueError for another kind, or shapes that differ.
     """
     _known("kind", kind, KLS)
+    _alike(logp=logp, ref_logp=ref_logp)
     d = (logp - ref_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if kind == "k1":
         return d
@@ -212,7 +229,10 @@ def kl_penalty(
     one that drew the tokens, and the gradients of k1 and k3 become those of the KL (DeepSeek-V3.2,
     2025, eq. 7; that of k2 is it by itself, so there rho is a constant). Without it the gradient of
     k1 is 0 in expectation. Shapes as for `loss`.
+
+    Raises ValueError for an unknown kind or estimator, or shapes that differ.
     """
+    _alike(logp=logp, old_logp=old_logp, ref_logp=ref_logp, mask=mask)
     if divisor is None:
         divisor = normalizer(mask, kind, max_tokens or mask.shape[1])
     inside = mask.bool()
@@ -227,6 +247,13 @@ def kl_from_old(logp: Tensor, old_logp: Tensor) -> Tensor:
     """KL(old || new) per token, estimated on tokens drawn from old: rho - 1 - ln rho, never
     negative and unbiased (k3, Schulman 2020). Shapes (N, T); nats."""
     return kl(old_logp, logp, "k3")
+
+
+def _alike(**tensors: Tensor) -> None:
+    """ValueError for shapes that differ: some would be repeated without a word."""
+    if len({t.shape for t in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+        raise ValueError(f"shapes must be the same (N, T), got {shapes}")
 
 
 def _known(name: str, value: str, values: tuple[str, ...]) -> None:

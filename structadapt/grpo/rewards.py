@@ -33,7 +33,12 @@ Prompt = Sequence[int] | str | Sequence[Mapping[str, str]] | Mapping[str, Any]
 
 
 def exact_match(prompt: Any, completion: Any, meta: Mapping[str, Any]) -> float:
-    """1.0 if the completion equals meta["answer"], text without surrounding space; else 0.0."""
+    """1.0 if the completion equals meta["answer"], text without surrounding space; else 0.0.
+    KeyError without an answer.
+
+    >>> exact_match("1+1=", " 2", {"answer": 2})
+    1.0
+    """
     answer = meta["answer"]
     if isinstance(completion, str):
         return float(completion.strip() == str(answer).strip())
@@ -45,8 +50,9 @@ def exact_match(prompt: Any, completion: Any, meta: Mapping[str, Any]) -> float:
 READ = 2**16  # characters, the last of a completion, that numeric_match looks at
 LONGEST, EXPONENT = 64, 400  # characters of a number, and its power of ten, that it still reads
 
-# No quantifier stands within another, and nothing that is required follows a repetition: linear.
 SPELLED = {"−": "-", "{,}": ",", "\\,": ",", "\\!": "", "\\%": "%", "\\$": "$", "^\\circ": ""}
+# No quantifier stands within another, and what is repeated is bounded, or cannot hold what follows
+# it: linear.
 FRACTION = re.compile(r"(?<![0-9])\\[dt]?frac\{(-?[0-9]{1,64})\}\{([0-9]{1,64})\}")
 WORDS = re.compile(r"\\(?:text|mathrm)\{[^{}]*\}")
 THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
@@ -65,7 +71,11 @@ def numeric_match(prompt: Any, completion: str, meta: Mapping[str, Any]) -> floa
     integers, decimals, 1e3, 3/4, \\frac{3}{4} and 1,234; a percent sign is a unit, and does not
     count. No number, or one of over 64 characters or beyond 1e400, is 0.0.
 
-    Raises TypeError for a completion of token ids, ValueError if the answer is no such number.
+    >>> numeric_match("...", "so x = 0.5. The answer is \\\\boxed{1/2}", {"answer": "0.5"})
+    1.0
+
+    Raises TypeError for a completion of token ids, KeyError without an answer, ValueError if the
+    answer is no such number.
     """
     if not isinstance(completion, str):
         raise TypeError("numeric_match reads text: pass tokenizer= to train")

@@ -151,6 +151,8 @@ def logprobs(
     head: "auto" works from the hidden states before the output head, where that is a plain linear
     layer (see `output_head`): the logits (N, L, V) are then never made, nor rounded to bf16.
     "logits" always makes them.
+
+    Raises ValueError for a forward that is not understood, or share_prompts without a cache.
     """
     plain = find_head(model) if head == "auto" and innermost(model) is model else None
     reason = None

@@ -149,7 +149,8 @@ def sandboxed(
 
     The function is itself a reward of three arguments, (prompt, completion, meta), so that it also
     works without this; meta must be JSON-like. A call that is cut off raises, which makes it a
-    fault: 0.0, and counted. The worker lives as long as the reward is referenced.
+    fault: 0.0, and counted. The worker lives as long as the reward is referenced. Errors as for
+    `Sandbox`.
     """
     sandbox = Sandbox(function, seconds=seconds, memory=memory, setup=setup)
 

@@ -7,6 +7,7 @@ from structadapt.spectra.evidence import Finding, Limits, findings
 from structadapt.spectra.measures import (
     effective_rank,
     effective_rank_energy,
+    hill_number,
     participation_ratio,
     singular_values,
     stable_rank,
@@ -30,6 +31,7 @@ __all__ = [
     "effective_rank",
     "effective_rank_energy",
     "findings",
+    "hill_number",
     "participation_ratio",
     "singular_values",
     "stable_rank",

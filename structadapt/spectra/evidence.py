@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from structadapt.spectra.report import WITHOUT_BASE, Record, Report, is_matrix, shown
+from structadapt.spectra.states import refuse_not_positive
 
 FINE = (  # reasons to leave a tensor out that are no loss
     "the same storage as",
@@ -21,11 +22,15 @@ UPDATES = ("update", "effective", "direction")
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a finding begins. These are defaults of this library, not of a paper."""
+    """Where a finding begins. These are defaults of this library, not of a paper. ValueError for
+    one that is not positive."""
 
     concentrated: float = 0.5  # top-1 energy of an update
     oversized: float = 1.0  # s_1(dW) / s_1(W)
     intruders: int = 1  # intruder dimensions among the ten largest
+
+    def __post_init__(self) -> None:
+        refuse_not_positive(self)
 
 
 @dataclass(frozen=True)

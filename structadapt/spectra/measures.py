@@ -26,6 +26,9 @@ from structadapt.spectra import engine
 
 SingularValues = Tensor | np.ndarray | Sequence[float]
 Number = TypeVar("Number", float, int)
+SHARED = """\
+    s: (n,) singular values in any order, a tensor, array or sequence of any dtype; 0 for a matrix
+    of zeros. ValueError for values that are negative, not finite, or not 1-D."""
 
 
 def _values(s: SingularValues) -> Tensor:
@@ -50,6 +53,7 @@ def _measure(function: Callable[..., Number]) -> Callable[..., Number]:
             return type(function(values.new_ones(1), *args, **kwargs))(0)
         return function(values / largest, *args, **kwargs)
 
+    checked.__doc__ = f"{(function.__doc__ or '').rstrip()}\n\n{SHARED}"
     return checked
 
 
@@ -58,7 +62,11 @@ def _measure(function: Callable[..., Number]) -> Callable[..., Number]:
 
 @_measure
 def effective_rank(s: Tensor) -> float:
-    """exp(-sum a ln a) with a = s / sum(s), the amplitudes (Roy & Vetterli 2007)."""
+    """exp(-sum a ln a) with a = s / sum(s), the amplitudes (Roy & Vetterli 2007).
+
+    >>> effective_rank([2.0, 2.0, 0.0])
+    2.0
+    """
     return torch.special.entr(s / s.sum()).sum().exp().item()
 
 
@@ -77,7 +85,11 @@ def participation_ratio(s: Tensor) -> float:
 @_measure
 def stable_rank(s: Tensor) -> float:
     """sum(s^2) / max(s)^2, squared Frobenius over squared spectral norm (Rudelson & Vershynin
-    2007): the Hill number D_inf."""
+    2007): the Hill number D_inf.
+
+    >>> stable_rank([2.0, 1.0, 1.0])
+    1.5
+    """
     return 1 / _energy(s).max().item()
 
 
@@ -107,7 +119,11 @@ def hill_number(s: Tensor, q: float) -> float:
 
 @_measure
 def topk_energy(s: Tensor, k: int = 1) -> float:
-    """Share of sum(s^2) in the k largest singular values, from 0 to 1. ValueError for k < 1."""
+    """Share of sum(s^2) in the k largest singular values, from 0 to 1. ValueError for k < 1.
+
+    >>> topk_energy([2.0, 2.0, 0.0], k=1)
+    0.5
+    """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     return _energy(s).topk(min(k, len(s))).values.sum().item()

@@ -20,10 +20,17 @@ MEASURES = (
 )  # fmt: skip
 
 
+def refuse_not_positive(limits: Any) -> None:
+    """ValueError for a field of a dataclass of limits that is not positive, or NaN."""
+    for name, value in vars(limits).items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Thresholds:
     """Where states begin. The defaults come from the runs of docs/monitor.md on one small model;
-    they are no constants of nature."""
+    they are no constants of nature. ValueError for one that is not positive, or a share above 1."""
 
     concentrated_energy: float = 0.5  # topk_energy from which an update is concentrated
     concentrated_null: float = 0.25  # and of_null up to which it is
@@ -39,6 +46,11 @@ class Thresholds:
     share: float = 0.5  # of the modules that make the model's state
     rise: int = 1  # checks in a row that bring a worse state
     settle: int = 5  # checks in a row that bring a better one
+
+    def __post_init__(self) -> None:
+        refuse_not_positive(self)
+        if self.share > 1:
+            raise ValueError(f"share must be at most 1, got {self.share}")
 
 
 @dataclass(frozen=True)

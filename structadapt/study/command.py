@@ -4,7 +4,8 @@
     structadapt study status runs/small                  what is done, and what failed
     structadapt study report runs/small                  report.html and report.md in that folder
 
-A grid is a TOML file, or a shipped one: small, full (docs/study.md) and paper (three 8B models).
+A grid is a TOML file, or a shipped one: small, full (docs/study.md), smollm and paper (three 8B
+models).
 Every run of it has a folder of its own. The same command goes on where it was stopped: what is
 done is left alone, and a run that was killed goes on from its last state.
 
