@@ -529,6 +529,19 @@ def test_spectra_exit_codes(options, code, checkpoints, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("asked", ["collapsed", "oversized", "intruders", "any"])
+def test_what_needs_a_base_is_not_passed_without_it(asked, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = sa.adapt(torch.nn.Sequential(torch.nn.Linear(32, 24)), sa.LoRA(rank=4))
+    with torch.no_grad():
+        model[0].B.normal_(std=10.0)
+    sa.save(model, tmp_path / "a.safetensors")
+    assert call("spectra", tmp_path / "a.safetensors", "--fail-on", asked) == 3
+    told = capsys.readouterr().err
+    assert f"--fail-on cannot judge {asked} of 0:" in told and "give --base" in told
+    assert call("spectra", tmp_path / "a.safetensors", "--fail-on", "concentrated") == 0
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -345,3 +345,31 @@ def test_broken_folders(folder, tmp_path):
     weights.write_bytes(data[:-1])
     with pytest.raises(SourceError, match="adapter_model.safetensors is truncated"):
         open_source(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10), "lora_E"),
+        (peft.LoHaConfig(r=4, target_modules=["q_proj"]), "hada_w1_a"),
+        (peft.VeraConfig(r=4, target_modules=["q_proj"]), "vera_lambda_b"),
+    ],
+)
+def test_methods_whose_update_is_not_known_are_left_out_in_words(llama, config, part):
+    model = peft.get_peft_model(llama, config)
+    with pytest.raises(SourceError, match=f"q_proj.*{part} is of a variant of LoRA, or of another"):
+        open_source(model)
+
+
+def test_a_folder_with_a_part_of_another_variant(folder):
+    path = folder / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    name = next(n for n in tensors if n.endswith("lora_A.weight"))
+    layer = name.removesuffix(".lora_A.weight")
+    tensors[f"{layer}.lora_diag"] = torch.ones(4)  # KaSA
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    source = open_source(folder)
+    skipped = {s.name: s.reason for s in source.skipped}
+    bad = layer.removeprefix("base_model.model.")
+    assert "lora_diag is of a variant of LoRA" in skipped[bad]
+    assert len(source.matrices) == 3 and bad not in {m.name for m in source.matrices}

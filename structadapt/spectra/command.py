@@ -6,12 +6,12 @@ beside a random matrix of the same shape, findings with their evidence, and a ta
     structadapt spectra model.safetensors                     one checkpoint
     structadapt spectra tuned/ --base base/                   what changed between two
     structadapt spectra runs/q --html page.html               a run of structadapt grpo
-    structadapt spectra adapter/ --fail-on collapsed          in CI
+    structadapt spectra adapter/ --base base/ --fail-on collapsed     in CI
 
 exit codes:
     0    done
     2    bad input, or an output that could not be written
-    3    some matrices could not be analysed, or not beside the base
+    3    some matrices could not be analysed, or not beside the base, or not judged for --fail-on
     4    a finding that --fail-on names, also where 3 holds
     130  Ctrl-C
 
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from structadapt import terminal
+from structadapt.bounds import few
 from structadapt.files import write_atomically
 from structadapt.spectra import analysis, evidence, maturity, page, plots, tables
 from structadapt.spectra.drawing import new_figure
@@ -142,6 +143,14 @@ def main(options: argparse.Namespace) -> int:
         return BAD_INPUT
     if evidence.failing(found, options.fail_on):
         return FINDING
+    if unjudged := evidence.unjudged(report, options.fail_on):
+        names = f"{', '.join(options.fail_on)} of {few(unjudged)}"
+        terminal.say(
+            "structadapt spectra", "error",
+            f"--fail-on cannot judge {names}: without its base the size of an update says nothing; "
+            "give --base",
+        )  # fmt: skip
+        return PARTIAL
     return PARTIAL if evidence.incomplete(report) else 0
 
 

@@ -135,6 +135,23 @@ def failing(found: Iterable[Finding], asked: Iterable[str]) -> list[Finding]:
     return [f for f in found if f.kind in asked or "any" in asked]
 
 
+BESIDE = ("collapsed", "oversized", "intruders")  # findings that need the base
+
+
+def unjudged(report: Report, asked: Iterable[str]) -> list[str]:
+    """The updates of which nothing can be said for the findings that were asked for: their size
+    beside a base is not known, or it is a base of zeros."""
+    if not {"any", *BESIDE} & set(asked):
+        return []
+    whole = {row["name"] for row in report.rows if row["kind"] == "effective"}
+    return [
+        row["name"]
+        for row in report.rows
+        if row["kind"] in UPDATES and not (row["kind"] == "direction" and row["name"] in whole)
+        and row["relative_spectral"] is None and row["frobenius_norm"]
+    ]  # fmt: skip
+
+
 def incomplete(report: Report) -> bool:
     """Whether a matrix of floats was left out that should have been looked at, or not beside its
     base where one was asked for: not what is tied to another, no weight, or only needs a base."""

@@ -14,8 +14,10 @@ from structadapt.quantised import is_quantised
 from structadapt.spectra.reading.adapter_updates import Update
 from structadapt.spectra.reading.matrix import Skipped, Stored, kernel, stored_tensor
 from structadapt.spectra.reading.names import module_path
+from structadapt.spectra.reading.peft_folder import refuse_variant
 
 SOURCE = "model"
+KNOWN = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 
 
 def weights(model: nn.Module, adapted: bool) -> dict[str, Stored]:
@@ -24,8 +26,15 @@ def weights(model: nn.Module, adapted: bool) -> dict[str, Stored]:
     An adapted layer counts with its frozen weight, or, `adapted`, with its adapted one.
     """
     found: dict[str, Stored] = {}
-    for name, module in unwrapped(model).named_modules(remove_duplicate=False):
-        if isinstance(module, parametrize.ParametrizationList) or _is_of_peft(name):
+    model = unwrapped(model)
+    of_peft = {
+        id(m)
+        for _, layer, parts in _peft_layers(model)
+        for part in parts
+        for m in getattr(layer, part).modules()
+    }
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, parametrize.ParametrizationList) or id(module) in of_peft:
             continue
         own = module.tensor_names if isinstance(module, Adapted) else ()
         for key, tensor in _tensors(module):
@@ -100,12 +109,12 @@ def updates(model: nn.Module) -> tuple[list[Update], list[Skipped], list[str]]:
     model = unwrapped(model)
     found = [_update(name, layer) for name, layer in find_adapted(model).items()]
     skipped, notes = [], []
-    for name, module in model.named_modules():
-        if not isinstance(module, Adapted) and _is_peft_layer(module):
-            try:
-                found.append(_peft_update(module_path(name), cast(Any, module), notes))
-            except ValueError as error:
-                skipped.append(Skipped(module_path(name), (), "none", SOURCE, str(error)))
+    for name, module, parts in _peft_layers(model):
+        try:
+            refuse_variant(next(iter(sorted(parts - KNOWN)), None))
+            found.append(_peft_update(module_path(name), cast(Any, module), notes))
+        except ValueError as error:
+            skipped.append(Skipped(module_path(name), (), "none", SOURCE, str(error)))
     return found, skipped, list(dict.fromkeys(notes))
 
 
@@ -119,12 +128,13 @@ def _update(name: str, layer: Adapted) -> Update:
     return Update(module_path(name), layer.adapter, matrix_shape(layer), tensors, base)
 
 
-def _is_of_peft(name: str) -> bool:
-    return ".lora_" in name or name.startswith("lora_")
-
-
-def _is_peft_layer(module: nn.Module) -> bool:
-    return all(hasattr(module, key) for key in ("lora_A", "lora_B", "scaling", "base_layer"))
+def _peft_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, set[str]]]:
+    """(name, layer, its parts beside the base layer) of each layer that PEFT wraps."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        peft = hasattr(module, "adapter_layer_names") and hasattr(module, "base_layer")
+        if peft and not isinstance(module, Adapted):
+            parts = {key.partition(".")[0] for key, _ in module.named_parameters()}
+            yield name, module, parts - {"base_layer"}
 
 
 def _peft_update(name: str, layer: Any, notes: list[str]) -> Update:

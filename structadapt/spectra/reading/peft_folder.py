@@ -36,6 +36,7 @@ PART = re.compile(
     r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<kind>weight|bias))?"
 )
+VARIANT = re.compile(r"(?P<layer>.+)\.(?P<part>lora_\w+)(?:\..+)?")  # AdaLoRA, KaSA, ...
 
 
 @dataclass
@@ -44,6 +45,7 @@ class PeftParts:
 
     layers: dict[str, dict[str, Stored]] = field(default_factory=dict)  # {layer: {part: tensor}}
     bases: dict[str, Stored] = field(default_factory=dict)  # weights kept beside an adapter
+    variants: dict[str, str] = field(default_factory=dict)  # {layer: a part that is not known here}
     whole: dict[str, Stored] = field(default_factory=dict)  # modules trained whole
     skipped: list[Skipped] = field(default_factory=list)
 
@@ -71,6 +73,9 @@ def sorted_parts(tensors: Mapping[str, Stored], source: str) -> PeftParts:
     adapters: dict[str, str] = {}
     for key, stored in tensors.items():
         match = PART.fullmatch(key)
+        if match is None and (other := VARIANT.fullmatch(key)):
+            parts.variants.setdefault(module_path(other["layer"]), other["part"])
+            continue
         if match is None:
             _beside(parts, key, stored)
             continue
@@ -103,6 +108,7 @@ def peft_updates(config: PeftConfig, parts: PeftParts) -> tuple[list[Update], li
     found, other_ranks = [], []
     for name, own in parts.layers.items():
         try:
+            refuse_variant(parts.variants.get(name))
             update = _update(config, name, own, parts.bases.get(name))
         except ValueError as error:  # SourceError, and AdapterFileError of the configuration
             some = next(iter(own.values()))
@@ -123,6 +129,12 @@ def peft_updates(config: PeftConfig, parts: PeftParts) -> tuple[list[Update], li
     ):
         notes.append(f"{config.path}: use_dora is not set, so the magnitudes are left out, as PEFT")
     return found, notes
+
+
+def refuse_variant(part: str | None) -> None:
+    """SourceError for a layer with this part, whose update is not B A alone."""
+    if part is not None:
+        raise SourceError(f"{part} is of a variant of LoRA, or of another method: not known here")
 
 
 def _update(config: PeftConfig, name: str, own: dict[str, Stored], base: Stored | None) -> Update:
