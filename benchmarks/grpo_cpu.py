@@ -52,7 +52,6 @@ import structadapt as sa
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "grpo_cpu.json"
 PAD, EOS, UNKNOWN = 0, 1, 2
 END_PROBABILITY, COMMON = 1 / 16, 1.0  # of each token; the embeddings' common coordinate
-TARGET = 3.0  # times TRL's completions a second
 PEER = "TRL"
 
 

@@ -30,19 +30,21 @@ from typing import Any
 
 import machine
 import safetensors.torch
+import script
 import torch
 
 import structadapt as sa
 from structadapt.adapters import Adapter
 from structadapt.examples import tiny_lm
 from structadapt.examples.grpo import collapsed_at
-from structadapt.examples.process import read_json, read_log
+from structadapt.examples.process import read_json, read_log, strict
 from structadapt.files import write_atomically
 from structadapt.spectra import Thresholds, states, updates
 from structadapt.spectra.states import STATES
 from structadapt.study.folders import CELL, MONITOR, STEPS, SUMMARY
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "monitor.json"
+STUDY = RESULTS.with_name("monitor_study.json")  # what was replayed of docs/study
 SETTINGS: dict[str, tuple[Adapter | None, float]] = {
     "LoRA r=8, lr 2e-3": (sa.LoRA(8, 16.0), 2e-3),
     "LoRA r=256, lr 2e-3": (sa.LoRA(256, 512.0), 2e-3),
@@ -170,6 +172,7 @@ Looks = list[tuple[int, list[states.Row]]]  # step, and its rows without their s
 class Watched:
     """A run of GRPO in the folder of a study."""
 
+    id: str
     collapsed: bool
     every: int  # steps between looks
     rewards: list[float]  # of every step
@@ -189,7 +192,7 @@ def watched_runs(study: Path) -> list[Watched]:
             continue
         looks = [(r["step"], [blank(row) for row in r["rows"]]) for r in readings]
         told = [step["reward"] for step in steps], [step["kl"] for step in steps]
-        found.append(Watched(summary["collapsed"], cell["monitor"], *told, looks))
+        found.append(Watched(folder.name, summary["collapsed"], cell["monitor"], *told, looks))
     return found
 
 
@@ -206,22 +209,37 @@ def alarmed(run: Watched, limits: Thresholds) -> bool:
     return any(state in states.ALARMS for _, state, _ in found)
 
 
-def study_table(study: Path) -> str:
-    """Right and false alarms on the runs of a study, for several limits of the two speeds."""
-    runs = watched_runs(study)
-    died = sum(run.collapsed for run in runs)
-    lines = [
-        "| `collapsing_speed` | `moving_speed` | `moving_kl` | "
-        f"found of {died} | false of {len(runs) - died} |",
-        "|--:|--:|--:|--:|--:|",
-    ]
+def replayed(study: Path) -> dict[str, Any]:
+    """Which runs of a study an alarm would have been raised for, for several limits."""
+    runs, found = watched_runs(study), []
     for moving, kl in ((math.inf, math.inf), (0.05, math.inf), (0.08, math.inf),
                        (math.inf, 0.5), (0.05, 0.25), (0.05, 0.5), (0.05, 1.0)):  # fmt: skip
         for speed in (0.14, 0.2, 0.25, 0.36):
             some = {"collapsing_speed": speed, "moving_speed": moving, "moving_kl": kl}
-            fates = [run.collapsed for run in runs if alarmed(run, replace(Thresholds(), **some))]
-            counts = f"{sum(fates)} | {len(fates) - sum(fates)}"
-            lines.append(f"| {speed} | {moving} | {kl} | {counts} |")
+            limits = replace(Thresholds(), **some)
+            told = json.loads(strict(some))  # null: no limit
+            found.append({**told, "alarmed": [run.id for run in runs if alarmed(run, limits)]})
+    return {
+        "machine": machine.record(("structadapt", "torch")),
+        "collapsed": {run.id: run.collapsed for run in runs},
+        "limits": found,
+    }
+
+
+def study_table(results: dict[str, Any]) -> str:
+    """Right and false alarms for each set of limits."""
+    collapsed = results["collapsed"]
+    died = sum(collapsed.values())
+    lines = [
+        "| `collapsing_speed` | `moving_speed` | `moving_kl` | "
+        f"found of {died} | false of {len(collapsed) - died} |",
+        "|--:|--:|--:|--:|--:|",
+    ]
+    for row in results["limits"]:
+        right = sum(collapsed[run] for run in row["alarmed"])
+        chosen = (row["collapsing_speed"], row["moving_speed"], row["moving_kl"])
+        cells = (*map(_dash, chosen), right, len(row["alarmed"]) - right)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -341,7 +359,9 @@ def main() -> None:
     parser.add_argument("--study", type=Path, metavar="DIR")
     args = parser.parse_args()
     if args.study:
-        print(study_table(args.study))
+        results = replayed(args.study)
+        script.write(STUDY if args.out == RESULTS else args.out, results)
+        print(study_table(results))
         return
     if args.table:
         results = json.loads(args.out.read_text())

@@ -15,7 +15,6 @@ import structadapt as sa
 from structadapt.adapters import Adapter
 
 SPECTRA = ("spectra.analyze", "structadapt spectra")
-HERE = ("sa.load",)
 MIB = 2**20
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 INDEX = "model.safetensors.index.json"

@@ -291,7 +291,6 @@ def digits_kernel(
 
 # -- launches --------------------------------------------------------------------------------------
 
-FP32_OUT = hasattr(torch.ops.aten.mm, "dtype")  # torch.mm(..., out_dtype=): from torch 2.8 on
 PRECISION = "ieee"  # of the fp32 operands of the interpreter and of `digits` alone
 SPLIT_RANK = 64  # the largest rank that the one pass over dY keeps in registers
 
@@ -329,7 +328,7 @@ def digits(
 
 def by_cublas(tile: Tile, x: Tensor) -> bool:
     """Whether the table gives a product to cuBLAS."""
-    return x.is_cuda and tile.get("by") == "cublas" and FP32_OUT
+    return x.is_cuda and tile.get("by") == "cublas"
 
 
 def wide_mm(a: Tensor, b: Tensor) -> Tensor:

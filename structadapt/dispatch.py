@@ -174,7 +174,7 @@ def _no_device(device: torch.device) -> str | None:
     if torch.version.hip:
         return "the kernels are for CUDA, not for ROCm"
     if not HAS_TRITON:
-        return "triton 3.4 or newer is not installed"
+        return "triton 3.6 or newer is not installed"
     if device.type == "cuda" and not _launch.architecture(device):
         return "the device is older than compute capability 8.0"
     if device.type == "cpu" and current() != "triton":
@@ -195,7 +195,7 @@ def _found(module: str) -> bool:
         return False
 
 
-# The module with the descriptors that the kernels are launched with came with 3.4.
+# The module with the descriptors that the kernels are launched with: older ones have none.
 HAS_TRITON = _found("triton.tools.tensor_descriptor") and sys.modules.get("triton", 1) is not None
 
 

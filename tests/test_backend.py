@@ -261,7 +261,7 @@ def test_without_triton(monkeypatch):
     monkeypatch.setattr(dispatch, "HAS_TRITON", False)
     with sa.backend("triton"):
         found = sa.explain("lora_linear", *lora_tensors(), 1.0)
-    assert found.backend == "torch" and "triton 3.4 or newer is not installed" in found.reason
+    assert found.backend == "torch" and "triton 3.6 or newer is not installed" in found.reason
 
 
 # -- explain ---------------------------------------------------------------------------------------

@@ -129,6 +129,40 @@ def test_every_public_name_has_an_entry(module):
     assert {f"{module}.{name}" for name in names} - entries == set()
 
 
+YOURS = """
+import torch
+
+class Bigram(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = torch.nn.Embedding(8, 32), torch.nn.Linear(32, 8)
+
+    def forward(self, ids, mask=None, position_ids=None):
+        return self.out(self.embed(ids))
+
+def yours():
+    torch.manual_seed(0)
+    reward = lambda prompt, completion: float(completion[:1] == prompt)
+    return Bigram(), None, [[3], [4], [5]] * 40, reward
+
+"""
+
+
+@pytest.mark.slow
+def test_the_code_of_scaling_runs_on_two_processes(tmp_path):
+    found = FENCE.findall((DOCS / "scaling.md").read_text())
+    (code,) = (text for kind, text in found if kind == "python")
+    (tmp_path / "train.py").write_text(
+        f"{YOURS}{code}print(found.count)\ndist.destroy_process_group()"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launch, "train.py"], capture_output=True, text=True, timeout=120,
+                          cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Step(step=") == 2 and done.stdout.count("100") >= 2
+    assert (tmp_path / "states" / "finished").exists()
+
+
 def with_examples():
     files = sorted((ROOT / "structadapt").rglob("*.py"))
     return [f for f in files if "    >>> " in f.read_text() and "kernels" not in f.parts]

@@ -91,10 +91,13 @@ class Report:
         return pandas.DataFrame(self.rows, columns=list(COLUMNS))
 
     def to_markdown(self, columns: Iterable[str] | None = None) -> str:
-        """The rows as a Markdown table, without columns in which nothing stands."""
+        """The rows as a Markdown table: some columns, or all in which something stands. KeyError
+        for what is no column."""
         if columns is None:
             columns = [c for c in COLUMNS if any(row[c] is not None for row in self.rows)]
         columns = list(columns) or list(COLUMNS)
+        for name in columns:
+            _refuse_unknown(name)
         lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         for row in self.rows:
             cells = (shown(row[column]).replace("|", "\\|") for column in columns)
@@ -104,8 +107,7 @@ class Report:
     def summary(self, by: str = "module_type") -> list[dict[str, Any]]:
         """For every value of a column: {by, kind, count, and for each measure its median, q25,
         q75, low and high}, over the rows that have one. KeyError for what is no column."""
-        if by not in COLUMNS:
-            raise KeyError(f"{by!r} is no column: {', '.join(COLUMNS)}")
+        _refuse_unknown(by)
         groups: dict[tuple[Any, str], list[Record]] = defaultdict(list)
         for row in self.rows:
             groups[row[by], row["kind"]].append(row)
@@ -141,6 +143,11 @@ class Report:
             raise ValueError(f"{folder} holds no report that can be read: {error}") from None
         whole.pop("conventions", None)
         return cls(rows, skipped, notes, spectra, whole)
+
+
+def _refuse_unknown(column: str) -> None:
+    if column not in COLUMNS:
+        raise KeyError(f"{column!r} is no column: {', '.join(COLUMNS)}")
 
 
 def is_matrix(entry: dict[str, Any]) -> bool:

@@ -12,7 +12,6 @@ from structadapt.adapters import DoRA, LoRA, QuanTA
 from structadapt.layers import find_adapted, matrix_shape, plain_name, unwrapped
 from structadapt.spectra import moments
 
-NUMBERS = 5  # F, D_2, p_1, then DoRA's mean and largest |m / |W|_row - 1|
 SMALL = 256  # a side up to this has an exact Gram matrix; beyond, probes
 FROZEN = "its adapter is frozen"
 LATER = "its adapter was added, replaced or unfrozen after the monitor was made: make a new one"
@@ -119,7 +118,7 @@ def base_of(update: Tracked) -> tuple[Base, Tensor | None]:
 
 @torch.no_grad()
 def measure(updates: list[Tracked], row_norms: dict[str, Tensor]) -> Tensor:
-    """(len(updates), NUMBERS) in float64 on the device of the first.
+    """(len(updates), 5) in float64 on the device of the first.
 
     Adapters with factors go together by shape and rank. Nothing waits for the device. Of sharded
     parameters the whole values are gathered: a call that all processes make together.
