@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 
 from structadapt.cli import main
 from structadapt.examples.process import StepLog
+from structadapt.grpo import Config
 from structadapt.study import (
     claims,
     collect,
@@ -127,6 +129,14 @@ def test_one_scale_is_one_run_however_it_is_said():
         ('[[cells]]\nadapter = "lora"\nlr = 1\nrank = -1', "rank must be a positive integer"),
         ('[[cells]]\nadapter = "lora"\nlr = 1\nscale = {alpha = "2r"}', "beside a rank"),
         ('[[cells]]\nadapter = "lora"\nlr = 1\nscale = {alfa = 2}', "near: alpha"),
+        (
+            '[[cells]]\nadapter = "lora"\nlr = 1\nrank = 8\nalpha = 3\nscale = {alpha = "2r"}',
+            "alpha = 3 and scale = .*2r.* both say alpha",
+        ),
+        (
+            '[run]\nscale = {alpha = "2r"}\n[[cells]]\nadapter = "lora"\nlr = 1\nrank=8\nalpha = 3',
+            "both say alpha",
+        ),
         ('[[cells]]\nadapter = "quanta"\nlr = 1\naxes = "8x"', "axes must be"),
         ('[[cells]]\nadapter = "full"\nlr = 1\nbatch = 0', "batch must be from 1"),
         ('[[cells]]\nadapter = "full"\nlr = 1\n[grpo]\nlos = "grpo"', "los"),
@@ -156,6 +166,11 @@ def test_a_wrong_grid_is_refused(text, said, tmp_path, capsys):
     error = capsys.readouterr().err
     assert re.search(said, error) and "g.toml" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tables_scale_stands_over_what_all_share():
+    text = '[run]\nalpha = 3\n[[cells]]\nadapter = "lora"\nlr = 1\nrank = 8\nscale = {alpha = 8}'
+    assert [cell.scale for cell in parse(text).cells] == [1.0]
 
 
 def test_shipped_grids_are_whole():
@@ -454,6 +469,39 @@ def test_the_report_reads_the_folders_alone(study, tmp_path, capsys):
     assert (again / "study.json").read_text() == (tmp_path / "r" / "study.json").read_text()
 
 
+def test_a_report_leaves_the_pictures_of_others(study, tmp_path):
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    for name in ("mine.png", "old.png"):
+        (figures / name).write_bytes(b"")
+    (tmp_path / "report.md").write_text("![a (b)](figures/old.png)\n![c](../figures/mine.png)")
+    report.write(study[1], tmp_path)
+    drawn = {p.name for p in figures.iterdir()} - {"mine.png"}
+    assert (figures / "mine.png").exists() and "old.png" not in drawn and drawn
+    assert drawn == set(report._pictured(tmp_path / "report.md"))
+
+
+def test_a_report_counts_what_other_grids_planned_here(study, tmp_path):
+    _, out = study
+    shutil.copytree(out, tmp_path / "runs")
+    one = SMALL[: SMALL.index("[[cells]]")] + '[[cells]]\nadapter = "full"\nlr = [1e-3, 2e-3]\n'
+    (tmp_path / "runs" / "grid.toml").write_text(one)
+    found = collect.collected(tmp_path / "runs")
+    assert (len(found["runs"]), found["planned"]) == (4, 5)  # one is in both
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"before": null}'])
+def test_a_summary_that_lacks_fields_is_named(study, tmp_path, content, capsys):
+    found, out = study
+    shutil.copytree(out, tmp_path / "runs")
+    path = folders.folder_of(tmp_path / "runs", found.cells[0]) / "summary.json"
+    path.write_text(content)
+    for command in ("report", "status"):
+        assert main(["study", command, str(tmp_path / "runs")]) == 2
+        error = capsys.readouterr().err
+        assert f"{path} is damaged: it has no " in error and "collapsed" in error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", REPORTS)
 def test_the_committed_report_is_that_of_the_committed_figures(folder, tmp_path):
@@ -556,6 +604,75 @@ def test_the_scale_decides_only_where_both_rules_were_run():
     assert verdicts([*rows, *same], claims.beyond)[name] == "agrees"
     twin = [row(r["rank"], r["lr"], 0.5, r["collapsed"], alpha=16) for r in rows]
     assert verdicts([*rows, *twin], claims.beyond)[name] == "disagrees"
+    none = [row(r["rank"], r["lr"], 0.5, False, alpha=16) for r in rows]
+    assert verdicts([*rows, *none], claims.beyond)[name] == NOT_TESTABLE  # no edge was reached
+    root = [row(r["rank"], r["lr"], 0.5, r["lr"] == 1e-2, alpha=5.657, scaling="alpha/sqrt(r)")
+            for r in rows]  # fmt: skip
+    said = [c.evidence for c in claims.beyond([*rows, *same, *root]) if c.text.startswith(name)]
+    assert "alpha = 5.657, alpha/sqrt(r): r=16 0.01, r=64 0.01, r=256 0.01" in said[0]
+
+
+def shaped(rank, collapsed, energy, effective=30.0, **more):
+    """A run whose update has a shape."""
+    spectra = {"topk_energy": energy, "stable_rank": 1 / energy, "effective_rank": effective}
+    return row(rank, 1e-3, 0.5, collapsed, spectra=spectra, **more)
+
+
+def test_updates_are_compared_with_those_of_their_rank():
+    name = "With alpha = 2r, collapsed LoRA updates put their energy into fewer directions"
+    rows = [shaped(64, c, 0.5 + 0.1 * c, 30 + c, seed=s) for c in (False, True) for s in (0, 1)]
+    high = [shaped(256, c, 0.1 + 0.1 * c, seed=s) for c in (False, True) for s in range(4)]
+    alone = [shaped(128, True, 0.01, seed=s) for s in range(9)]  # nothing of its rank lived
+    rows += high + alone
+    (found,) = [c for c in claims.judged(rows) if c.text == name]
+    assert found.verdict == "agrees" and found.evidence.startswith("20 pairs")
+    assert "top-1 energy in 100%" in found.evidence and "goes the other way" in found.evidence
+    assert verdicts(high[:5])[name] == NOT_TESTABLE  # one that collapsed
+    other = [shaped(64, True, 0.4, seed=s) for s in range(2, 9)]
+    assert verdicts([*rows, *other])[name] == "disagrees"
+
+
+def test_concentration_needs_two_runs_of_each_fate():
+    name = "Concentration tells runs that collapsed from those that live, whatever the scale"
+    rows = [shaped(64, c, 0.5 + 0.1 * c, seed=s) for c in (False, True) for s in (0, 1)]
+    assert verdicts(rows)[name] == "agrees" and verdicts(rows[:3])[name] == NOT_TESTABLE
+
+
+def test_full_fine_tuning_lies_between_at_every_rank():
+    name = "Full fine-tuning shows a milder form"
+    energy = {"topk_energy": 0.3, "stable_rank": 3.0, "effective_rank": 9.0}
+    ways = {"scale": None, "rank": None, "scaling": None, "alpha": None}
+    rows = [shaped(64, False, 0.4), shaped(128, False, 0.35), shaped(8, False, 0.1)]
+    rows += [{**row(8, 1e-3, 0.5, False, spectra={**energy, "topk_energy": e}), **ways,
+              "adapter": adapter} for adapter, e in (("full", 0.3), ("quanta", 0.1))]  # fmt: skip
+    rows.append(shaped(256, False, 0.1, alpha=16))  # another scale
+    assert verdicts(rows)[name] == "agrees"
+    assert verdicts([*rows, shaped(256, False, 0.2)])[name] == "disagrees"
+    assert verdicts(rows[2:])[name] == NOT_TESTABLE
+
+
+def test_the_claim_of_what_trains_on_follows_the_rule():
+    rows = []
+    for adapter, more in (("lora", {"rank": 8}), ("dora", {"rank": 16}), ("quanta", {"axes": 3})):
+        rows += [{**row(8, 1e-3, 0.5, False, batch=batch), "adapter": adapter, "axes": None,
+                  **more} for batch in claims.BATCHES]  # fmt: skip
+        linear = [row(8, 1e-3, 0.1, adapter == "quanta", batch=b, lr_rule="linear")
+                  for b in claims.BATCHES[1:]]  # fmt: skip
+        rows += [{**r, "adapter": adapter, "axes": None, **more} for r in linear]
+    found = [c for c in claims.judged(rows) if c.text.startswith("LoRA r=8, DoRA r=16")]
+    assert [c.verdict for c in found] == ["agrees", NOT_TESTABLE, "disagrees"]
+    assert "batch 256 1 of 1 collapsed" in found[2].evidence
+
+
+def test_a_rank_that_was_not_run_at_the_batch_sizes_is_named():
+    rows = [row(128, 1e-3, 0.0, True, batch=batch) for batch in claims.BATCHES]
+    said = "(256 was not run at these batch sizes)"
+    stays = lambda rows: next(  # noqa: E731
+        c for c in claims.judged(rows) if c.text.startswith("Ranks 128 and 256 stay")
+    )
+    assert stays(rows).verdict == "agrees" and stays(rows).evidence.endswith(said)
+    lived = [row(256, 1e-3, 0.5, False, batch=batch) for batch in claims.BATCHES]
+    assert stays(rows + lived).verdict == "disagrees" and said not in stays(rows + lived).evidence
 
 
 def test_supervised_runs_are_compared_with_their_twins():
@@ -614,6 +731,22 @@ def test_the_papers_figures_stand_beside_what_it_ran():
     assert not any(line[-1] for line in lines if line[1] != "alpha = 2r")
     supervised = tables.by_rate([{**r, "method": "sft"} for r in rows])
     assert supervised[0] == head[:-1] and len(supervised[1]) == len(head) - 1
+    assert tables.by_rate([{**r, "stop_absorbed": 0} for r in rows])[0] == head[:-1]
+
+
+def test_every_setting_holds_those_of_the_objective():
+    more = {"seconds": 1.0, "threads": 1, "versions": {}, "python": "3", "cold_start_steps": 1}
+    rows = [row(8, 1e-3, 0.5, False, **more),
+            row(8, 1e-3, 0.5, False, grpo={"loss": "grpo", "kl_coef": 0.04}, **more)]  # fmt: skip
+    told = dict(tables.settings(rows)[1:])
+    assert told["grpo: loss"] == "dapo, grpo" and told["grpo: kl_coef"] == "0.0, 0.04"
+    assert told["optimizer"] == "AdamW, betas 0.9 and 0.999, eps 1e-08"
+    known = {f"grpo: {f.name}" for f in dataclasses.fields(Config)}
+    assert {n for n in told if n.startswith("grpo: ")} == known - {
+        f"grpo: {name}" for name in tables.FROM_CELLS
+    }
+    told = dict(tables.settings([{**rows[0], "method": "sft"}])[1:])
+    assert not any(name.startswith("grpo: ") for name in told)
 
 
 def test_the_picture_of_every_kind_is_drawn(tmp_path):

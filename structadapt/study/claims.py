@@ -1,10 +1,12 @@
 """The claims of "Structure Over Scale" (ICML 2026 FoGen workshop), and what a study says of each.
 
-Only the abstract's numbers are known here. Each claim is put as a criterion on the runs of one
-model and task; where the runs that it needs are not there, it is "not testable here".
+Only the abstract's numbers are known here, and alpha is not among them. Each claim is put as a
+criterion on the runs of one model and task; where the runs that it needs are not there, it is "not
+testable here".
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import median
 
 from structadapt.study.evidence import (
@@ -34,7 +36,9 @@ HIGH, SWEPT = (128, 256), 64  # ranks that stay near the floor; the one that fal
 BATCHES = (64, 128, 256)
 PAPER_R64 = {64: 0.731, 128: 0.087, 256: 0.060}  # accuracy of rank 64 by batch size
 SAME: Scaling = (16.0, "alpha/r")  # one alpha for every rank
-CLEAR = 0.75  # of all pairs of runs: one kind has larger values than the other
+ROOT: Scaling = (5.657, "alpha/sqrt(r)")  # rsLoRA, as the grids have it
+CLEAR = 0.75  # of the pairs of runs: one kind has larger values than the other
+LEAST = 2  # runs of each fate, for a claim on what tells them apart
 
 
 def judged(rows: Sequence[Row]) -> list[Claim]:
@@ -45,7 +49,7 @@ def judged(rows: Sequence[Row]) -> list[Claim]:
         _cliff(sweep),
         *(_falls(found.batches, rule) for rule in RULES),
         *(_stays(found.batches, rule) for rule in RULES),
-        _train_on(found.batches),
+        *(_train_on(found.batches, rule) for rule in RULES),
         _irrecoverable(found.endless),
         _not_in_sft(found.supervised, sweep),
         _concentrated(sweep),
@@ -103,9 +107,13 @@ def _by_batch(text: str, rows: Sequence[Row], rule: str, collapse: dict[int, boo
     if not found:
         return Claim(text, NOT_TESTABLE, "no runs of it at batch 64, 128 and 256")
     good = any(all(all_of(runs[b], c) for b, c in collapse.items()) for runs in found.values())
-    said = [f"lr {lr:g} at {base}: " + ", ".join(f"batch {b} {died(r)}" for b, r in runs.items())
+    return Claim(text, verdict_of(good), joined(_said_of(found)))
+
+
+def _said_of(found: dict[tuple[float, int], dict[int, list[Row]]]) -> list[str]:
+    """What came of the runs of each base learning rate, by batch size."""
+    return [f"lr {lr:g} at {base}: " + ", ".join(f"batch {b} {died(r)}" for b, r in runs.items())
             for (lr, base), runs in found.items()]  # fmt: skip
-    return Claim(text, verdict_of(good), joined(said))
 
 
 def _falls(rows: Sequence[Row], rule: str) -> Claim:
@@ -115,28 +123,35 @@ def _falls(rows: Sequence[Row], rule: str) -> Claim:
 
 
 def _stays(rows: Sequence[Row], rule: str) -> Claim:
-    text = f"Rank 128 stays near the floor at batch 64, 128 and 256; learning rate {RULES[rule]}"
-    return _by_batch(text, lora(rows, 128), rule, dict.fromkeys(BATCHES, True))
+    text = ("Ranks 128 and 256 stay near the floor at batch 64, 128 and 256; learning rate "
+            f"{RULES[rule]}")  # fmt: skip
+    runs = {rank: lora(rows, rank) for rank in HIGH}
+    runs = {rank: own for rank, own in runs.items() if _at_batches(own, rule)}
+    every = [row for own in runs.values() for row in own]
+    found = _by_batch(text, every, rule, dict.fromkeys(BATCHES, True))
+    missing = [rank for rank in HIGH if rank not in runs] if runs else []
+    said = "".join(f" ({rank} was not run at these batch sizes)" for rank in missing)
+    return replace(found, evidence=found.evidence + said)
 
 
 RULES = {"fixed": "fixed", "sqrt": "with the batch's square root", "linear": "with the batch"}
 
 
-def _train_on(rows: Sequence[Row]) -> Claim:
-    text = "LoRA r=8, DoRA r=16 and QuanTA with 3 axes train on at every batch size (rate fixed)"
+def _train_on(rows: Sequence[Row], rule: str) -> Claim:
+    text = ("LoRA r=8, DoRA r=16 and QuanTA with 3 axes train on at every batch size; learning "
+            f"rate {RULES[rule]}")  # fmt: skip
     named = {
         "LoRA r=8": lora(rows, 8),
         "DoRA r=16": [r for r in rows if r["adapter"] == "dora" and r["rank"] == 16],
         "QuanTA 3 axes": [r for r in rows if r["adapter"] == "quanta" and str(r["axes"]) == "3"],
     }
-    found = {name: _at_batches(runs, "fixed") for name, runs in named.items()}
+    found = {name: _at_batches(runs, rule) for name, runs in named.items()}
     if not all(found.values()):
         return Claim(text, NOT_TESTABLE, "no runs of the three at batch 64, 128 and 256")
     good, said = [], []
     for name, rates in found.items():
-        every = [[r for runs in sizes.values() for r in runs] for sizes in rates.values()]
-        good.append(any(all_of(runs, False) for runs in every))
-        said += [f"{name}, lr {lr:g}: {died(r)}" for (lr, _), r in zip(rates, every, strict=True)]
+        good.append(any(all(all_of(r, False) for r in own.values()) for own in rates.values()))
+        said += [f"{name}, {text}" for text in _said_of(rates)]
     return Claim(text, verdict_of(all(good)), joined(said))
 
 
@@ -192,25 +207,38 @@ def _medians(rows: Sequence[Row], name: str) -> float:
     return median(row["spectra"][name] for row in rows)
 
 
-def _above(some: Sequence[Row], others: Sequence[Row], name: str) -> float:
+def _fates(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """Runs that collapsed, and that lived."""
+    rows = list(rows)
+    return [r for r in rows if r["collapsed"]], [r for r in rows if not r["collapsed"]]
+
+
+def _above(pairs: Sequence[tuple[Row, Row]], name: str) -> float:
     """The share of pairs in which the first has the larger value."""
-    pairs = [(a["spectra"][name], b["spectra"][name]) for a in some for b in others]
-    return sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
+    values = [(a["spectra"][name], b["spectra"][name]) for a, b in pairs]
+    return sum((a > b) + (a == b) / 2 for a, b in values) / len(values)
 
 
 def _concentrated(rows: Sequence[Row]) -> Claim:
     text = "With alpha = 2r, collapsed LoRA updates put their energy into fewer directions"
-    runs = _with_spectra(r for rank in (64, 128, 256) for r in lora(rows, rank))
-    bad, good = ([r for r in runs if r["collapsed"] == c] for c in (True, False))
-    if not bad or not good:
-        return Claim(text, NOT_TESTABLE, "all of ranks 64 to 256 collapsed, or none")
-    names = {"topk_energy": "top-1 energy", "stable_rank": "stable rank",
-             "effective_rank": "effective rank"}  # fmt: skip
-    above = {key: _above(bad, good, key) for key in names}
-    said = [f"{name}: collapsed {_medians(bad, key):.3g}, lived {_medians(good, key):.3g} "
-            f"(larger in {above[key]:.0%} of pairs)" for key, name in names.items()]  # fmt: skip
-    agrees = above["topk_energy"] >= CLEAR and above["stable_rank"] <= 1 - CLEAR
-    return Claim(text, verdict_of(agrees), joined(said) + f"; {len(bad)} and {len(good)} runs")
+    fates = {rank: _fates(_with_spectra(lora(rows, rank))) for rank in (SWEPT, *HIGH)}
+    fates = {rank: both for rank, both in fates.items() if all(both)}  # ranks differ by themselves
+    bad, good = (sum(len(both[i]) for both in fates.values()) for i in (0, 1))
+    if min(bad, good) < LEAST:
+        return Claim(text, NOT_TESTABLE, "ranks of 64 to 256 that have both: collapsed runs "
+                     f"{bad}, that lived {good}, needed {LEAST} of each")  # fmt: skip
+    pairs = [(a, b) for died, lived in fates.values() for a in died for b in lived]
+    energy, stable, effective = (
+        _above(pairs, name) for name in ("topk_energy", "stable_rank", "effective_rank")
+    )
+    counts = [f"r={rank} {len(a)} and {len(b)}" for rank, (a, b) in fates.items()]
+    said = (f"{len(pairs)} pairs of a collapsed run and one that lived, of one rank (runs: "
+            f"{', '.join(counts)}); the collapsed one has the larger top-1 energy in {energy:.0%}, "
+            f"stable rank in {stable:.0%}, effective rank in {effective:.0%}. Criterion: the top-1 "
+            f"energy larger and the stable rank smaller in {CLEAR:.0%} of the pairs")  # fmt: skip
+    if effective > 1 / 2:
+        said += ". The effective rank goes the other way: collapsed updates have the larger one"
+    return Claim(text, verdict_of(energy >= CLEAR and stable <= 1 - CLEAR), said)
 
 
 def _separates(rows: Sequence[Row]) -> Claim:
@@ -218,9 +246,11 @@ def _separates(rows: Sequence[Row]) -> Claim:
     runs = _with_spectra(r for r in rows if r["adapter"] == "lora" and r["rank"] > 1)
     points = [(r["spectra"]["topk_energy"], r["collapsed"]) for r in runs]
     count = sum(collapsed for _, collapsed in points)
-    if count in (0, len(points)):
-        return Claim(text, NOT_TESTABLE, "all runs of LoRA collapsed, or none")
-    wrong, base = limits(points).errors, min(count, len(points) - count)
+    base = min(count, len(points) - count)
+    if base < LEAST:
+        return Claim(text, NOT_TESTABLE, f"{count} of {len(points)} runs of LoRA collapsed: "
+                     f"{LEAST} of each fate are needed")  # fmt: skip
+    wrong = limits(points).errors
     said = (f"the best limit of top-1 energy is wrong for {wrong} of {len(points)} runs; always "
             f"saying the more frequent fate is wrong for {base}")  # fmt: skip
     return Claim(text, verdict_of(wrong <= base / 2), said)
@@ -228,16 +258,19 @@ def _separates(rows: Sequence[Row]) -> Claim:
 
 def _milder(rows: Sequence[Row]) -> Claim:
     text = "Full fine-tuning shows a milder form: more concentrated than QuanTA, less than LoRA"
-    kinds = {"QuanTA": "quanta", "full": "full", "LoRA": "lora"}
-    lived = [r for r in _with_spectra(rows) if not r["collapsed"] and r["rank"] != 1]
-    found = {name: [r for r in lived if r["adapter"] == kind] for name, kind in kinds.items()}
-    if not all(found.values()):
-        return Claim(text, NOT_TESTABLE, "no runs of all three that lived")
-    top = {name: _medians(runs, "topk_energy") for name, runs in found.items()}
-    said = [f"{n}: top-1 energy {top[n]:.3g}, effective rank {_medians(f, 'effective_rank'):.3g}"
-            for n, f in found.items()]  # fmt: skip
-    good = top["QuanTA"] < top["full"] < top["LoRA"]
-    return Claim(text, verdict_of(good), joined(said) + " (medians of the runs that lived)")
+    lived = _fates(_with_spectra(rows))[1]
+    full, quanta = ([r for r in lived if r["adapter"] == kind] for kind in ("full", "quanta"))
+    ranks = {rank: own for rank in (SWEPT, *HIGH) if (own := lora(lived, rank))}
+    if not (full and quanta and ranks):
+        return Claim(text, NOT_TESTABLE, "no runs of all three that lived (LoRA: ranks 64 to 256)")
+    least, most = _medians(quanta, "topk_energy"), _medians(full, "topk_energy")
+    named = {"QuanTA": quanta, "full": full}
+    named |= {f"LoRA r={rank}": own for rank, own in ranks.items()}
+    said = [f"{name} {_medians(own, 'topk_energy'):.3g} ({len(own)})"
+            for name, own in named.items()]  # fmt: skip
+    good = all(least < most < _medians(own, "topk_energy") for own in ranks.values())
+    words = f"median top-1 energy of the runs that lived (runs), LoRA with {in_words(PAPER)}: "
+    return Claim(text, verdict_of(good), words + ", ".join(said))
 
 
 # -- beyond the paper ------------------------------------------------------------------------------
@@ -246,19 +279,28 @@ def _milder(rows: Sequence[Row]) -> Claim:
 def _scale_decides(rows: Sequence[Row]) -> Claim:
     text = ("Not the rank but the update's scale makes the cliff: with one alpha for every rank "
             "the learning rate of the edge is the same for all")  # fmt: skip
-    edges: dict[str, dict[int, float | None]] = {in_words(PAPER): {}, in_words(SAME): {}}
-    for rank in sorted({r["rank"] for r in rows if r["adapter"] == "lora"} - {1}):
-        both = [lora(rows, rank, scaling) for scaling in (PAPER, SAME)]
-        if all(both) and {r["rate"] for r in both[0]} == {r["rate"] for r in both[1]}:
-            for found, runs in zip(edges.values(), both, strict=True):
-                found[rank] = edge(runs)
-    paper, same = edges.values()
-    if len(paper) < 3 or not any(paper.values()):
+    paper, same, root = (_edges(rows, scaling) for scaling in (PAPER, SAME, ROOT))
+    if len(same) < 3 or not any(paper.values()):
         return Claim(text, NOT_TESTABLE, "no three ranks with both rules at the same rates")
+    paper = {rank: found for rank, found in paper.items() if rank in same}
+    edges = {PAPER: paper, SAME: same} | ({ROOT: root} if len(root) > 2 else {})
     said = [
-        f"{rule}: " + ", ".join(f"r={k} {'none' if v is None else f'{v:g}'}" for k, v in e.items())
-        for rule, e in edges.items()
+        f"{in_words(rule)}: "
+        + ", ".join(f"r={k} {'none' if v is None else f'{v:g}'}" for k, v in found.items())
+        for rule, found in edges.items()
     ]
+    words = "lowest rate at which most runs collapse. " + joined(said)
+    if not any(same.values()):
+        return Claim(text, NOT_TESTABLE, f"{words}: with one alpha no edge was reached")
     good = len(set(same.values())) < len(set(paper.values())) and len(set(same.values())) <= 2
-    words = "lowest rate at which most runs collapse. "
-    return Claim(text, verdict_of(good), words + joined(said))
+    return Claim(text, verdict_of(good), words)
+
+
+def _edges(rows: Sequence[Row], scaling: Scaling) -> dict[int, float | None]:
+    """The edge of each rank that was run by a rule at the rates that the paper's was run at."""
+    found = {}
+    for rank in sorted({r["rank"] for r in rows if r["adapter"] == "lora"} - {1}):
+        paper, own = lora(rows, rank), lora(rows, rank, scaling)
+        if own and {r["rate"] for r in own} == {r["rate"] for r in paper}:
+            found[rank] = edge(own)
+    return found

@@ -26,8 +26,8 @@ TRACE = 33  # readings of a trace, at most
 
 def collected(out: Path) -> dict[str, Any]:
     """{"runs": finished runs, "failed": {id, error} of those that failed, "planned": cells of the
-    grid}, from a study's folder, or from the study.json of an earlier report. ValueError for a
-    folder with neither, or with a damaged file."""
+    grid and of those before it}, from a study's folder, or from the study.json of an earlier
+    report. ValueError for a folder with neither, or with a damaged file."""
     cells = sorted(path.parent for path in out.glob(f"{folders.CELLS}/*/{folders.CELL}"))
     if not cells:
         whole = read_json(out / FIGURES)
@@ -44,8 +44,9 @@ def collected(out: Path) -> dict[str, Any]:
     failed = [{"id": folder.name, "error": error["error"]} for folder in cells
               if (error := read_json(folder / folders.ERROR))]  # fmt: skip
     path = out / folders.GRID
-    planned = len(grid.read(path).cells) if path.exists() else len(cells)
-    return {"runs": sorted(rows, key=_order), "failed": failed, "planned": planned}
+    planned = {folder.name for folder in cells}  # also of grids that were run here before
+    planned |= {cell.id for cell in grid.read(path).cells} if path.exists() else set()
+    return {"runs": sorted(rows, key=_order), "failed": failed, "planned": len(planned)}
 
 
 def _order(row: Row) -> tuple[Any, ...]:
@@ -58,7 +59,7 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 def _row(folder: Path) -> Row:
     cell = folders.cell_in(folder)
-    summary = read_json(folder / folders.SUMMARY)
+    summary = folders.summary_in(folder) or {}
     steps = read_log(folder / folders.STEPS)
     own = {k: summary[k] for k in summary if k not in ("id", "monitor", "cold_start")}
     own["seconds"] = round(own["seconds"], 1)

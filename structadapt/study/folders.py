@@ -28,6 +28,10 @@ from structadapt.study.grid import Grid
 
 GRID, CELLS, BASES, JOBS = "grid.toml", "cells", "bases", "jobs"
 CELL, STEPS, MONITOR, SPECTRA = "cell.json", "metrics.jsonl", "monitor.jsonl", "spectra"
+SUMMED = (  # what a summary says at least
+    "before", "after", "collapsed", "absorbed_at", "failure", "steps", "first_kl", "cold_start",
+    "monitor", "seconds", "versions", "python", "threads",
+)  # fmt: skip
 SUMMARY, ERROR, STATES = "summary.json", "error.json", "states"
 LOCK, HELD = ".lock", ".held"
 DONE, FAILED, RUNNING, HALTED, WAITING = "done", "failed", "running", "stopped", "waiting"
@@ -91,6 +95,18 @@ def cell_in(folder: Path) -> Cell:
         raise ValueError(f"{folder / CELL}: {error}") from None
 
 
+def summary_in(folder: Path) -> dict[str, Any] | None:
+    """What came of the run of a folder, or None while it has not ended. ValueError for a
+    summary.json that does not say it."""
+    path = folder / SUMMARY
+    if (found := read_json(path)) is None:
+        return None
+    missing = [name for name in SUMMED if not isinstance(found, dict) or name not in found]
+    if missing:
+        raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}")
+    return found
+
+
 def write(path: Path, content: dict[str, Any]) -> None:
     """A file of strict JSON."""
     write_atomically(path, f"{strict(content, indent=1)}\n".encode())
@@ -113,7 +129,7 @@ def status(cells: Iterable[Cell], out: Path) -> list[Status]:
 def status_of(cell: Cell, folder: Path) -> Status:
     """Where one cell stands."""
     steps = -(-cell.prompts // cell.batch)
-    if (summary := read_json(folder / SUMMARY)) is not None:
+    if (summary := summary_in(folder)) is not None:
         after = summary["after"]
         said = f"{after['sampled']:.3f}" if after else str(summary["failure"])
         said += ", collapsed" if summary["collapsed"] else ""

@@ -114,12 +114,27 @@ def parse(text: str, name: str = "study") -> Grid:
         if not isinstance(table, dict):
             raise ValueError(f"{where} must be a table")
         try:
-            for cell in _product({**shared, **table}, content.get("grpo", {})):
+            for cell in _product(_over(shared, table), content.get("grpo", {})):
                 _config_check(cell)
                 found.setdefault(cell.id, cell)
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{where}: {error}") from None
     return Grid(content.get("name", name), tuple(found.values()), cluster, text)
+
+
+def _over(shared: Mapping[str, Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table, and what all cells share where it says nothing. ValueError for what would be said
+    twice."""
+    whole = {**shared, **table}
+    scales = whole.get("scale", {})
+    for scale in scales if isinstance(scales, list) else [scales]:
+        for name in ("alpha", "scaling"):
+            meant = "scale" in table and name not in table  # it may say otherwise than [run]
+            if name in whole and isinstance(scale, dict) and name in scale and not meant:
+                raise ValueError(
+                    f"{name} = {whole[name]!r} and scale = {scale!r} both say {name}: leave one out"
+                )
+    return whole
 
 
 def _product(table: Mapping[str, Any], grpo: Mapping[str, Any]) -> Iterable[Cell]:

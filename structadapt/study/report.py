@@ -5,6 +5,7 @@ them.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -23,6 +24,10 @@ Judgements = dict[str, tuple[list[Claim], list[Claim]]]  # of a subject: the pap
 
 TITLE = "Which update survives GRPO"
 PICTURES = "figures"
+ALPHA = (
+    "Of the paper only the numbers of its abstract are known here, and alpha is not among them: "
+    "where a claim says alpha = 2r, that is this study's choice."
+)
 CELLS = (
     "Means over seeds with 95 % intervals (Student's t), sampled held-out accuracy in percent; "
     "(k/n): k of n runs collapsed."
@@ -58,8 +63,8 @@ def write(out: Path, to: Path) -> tuple[dict[str, Any], list[Path]]:
     rows = found["runs"]
     pictures = to / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
-    for old in pictures.glob("*.png"):
-        old.unlink()
+    for old in _pictured(to / "report.md"):
+        (pictures / old).unlink(missing_ok=True)
     judgements = _judgements(rows)
     blocks = list(blocks_of(rows, judgements, found["failed"], found["planned"], pictures))
     best = tables.limits_of(tables.judgeable(rows), tables.first_kl)
@@ -77,6 +82,12 @@ def write(out: Path, to: Path) -> tuple[dict[str, Any], list[Path]]:
     head = json.dumps(told, indent=1).removesuffix("\n}")
     write_atomically(paths[2], f'{head},\n "runs": [\n{runs}\n]}}\n'.encode())
     return {**told, "runs": rows}, paths
+
+
+def _pictured(path: Path) -> list[str]:
+    """The pictures that an earlier report shows. What else lies beside them stays."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return re.findall(rf"\]\({PICTURES}/([^()/\\]+\.png)\)", text)
 
 
 # -- what it says ----------------------------------------------------------------------------------
@@ -104,6 +115,7 @@ def blocks_of(
         f"{counts} Collapsed: an end below a tenth of the first accuracy, or below it after "
         f"{stops} steps in a row without a gradient (which end a run), or not finite.",
     )
+    yield Block("text", ALPHA)
     if failed:
         yield Block("table", [["failed", "error"], *([f["id"], f["error"]] for f in failed)])
     for name, (papers, ours) in judgements.items():

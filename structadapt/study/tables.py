@@ -1,9 +1,13 @@
 """The tables of a study's report, as rows of cells, the first one the head."""
 
+import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, fields
 
-from structadapt.study.cell import RULES
+import torch
+
+from structadapt.study.cell import RULES, Cell, config
 from structadapt.study.claims import BATCHES, HIGH, PAPER_R64, SWEPT
 from structadapt.study.statistics import (
     PAPER,
@@ -62,7 +66,9 @@ def by_rate(rows: Sequence[Row]) -> Table:
 
 def _in_the_paper(row: Row) -> str:
     """What the paper's abstract says of a setting with GRPO at its smallest batch."""
-    if row["method"] != "grpo" or (row["rank"] is not None and scaling_of(row) != PAPER):
+    if row["method"] != "grpo" or not row["stop_absorbed"]:
+        return ""
+    if row["rank"] is not None and scaling_of(row) != PAPER:
         return ""
     return IN_THE_PAPER.get(setting(row), "")
 
@@ -191,6 +197,12 @@ SETTINGS = (
 )  # fmt: skip
 
 
+FROM_CELLS = {  # fields of grpo.Config: those of the cells by another name, and the model's
+    "eos_token_id", "pad_token_id", "group_size", "prompts_per_step", "max_new_tokens", "slots",
+    "minibatches", "micro_batch_size", "seed",
+}  # fmt: skip
+
+
 def settings(rows: Sequence[Row]) -> Table:
     """Every setting with the values that it takes."""
     lines = [["setting", "values"]]
@@ -198,10 +210,30 @@ def settings(rows: Sequence[Row]) -> Table:
         values = dict.fromkeys(json.dumps(row[name]) for row in rows)
         if list(values) not in (["null"], ["{}"]):
             lines.append([name, ", ".join(values).replace('"', "")])
+    lines += _objective(rows)
+    lines.append(["optimizer", _optimizer()])
     hours = sum(row["seconds"] for row in rows) / 3600
-    lines.append(["optimizer", "AdamW"])
     lines.append(["time", f"{hours:.1f} hours, of the processes that ended the runs"])
     return lines
+
+
+def _objective(rows: Iterable[Row]) -> Table:
+    """What else grpo.Config says of the runs with GRPO, beside the fields of their cells."""
+    names = [f.name for f in fields(Cell)]
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["method"] == "grpo":
+            cell = Cell(**{name: row[name] for name in names if name in row})
+            for name, value in asdict(config(cell, 0, 0, 1)).items():
+                if name not in FROM_CELLS:
+                    found.setdefault(f"grpo: {name}", {})[json.dumps(value)] = None
+    return [[name, ", ".join(values).replace('"', "")] for name, values in found.items()]
+
+
+def _optimizer() -> str:
+    default = inspect.signature(torch.optim.AdamW).parameters
+    first, second = default["betas"].default
+    return f"AdamW, betas {first:g} and {second:g}, eps {default['eps'].default:g}"
 
 
 def every(rows: Sequence[Row]) -> Table:
