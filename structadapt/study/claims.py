@@ -38,7 +38,7 @@ PAPER_R64 = {64: 0.731, 128: 0.087, 256: 0.060}  # accuracy of rank 64 by batch 
 SAME: Scaling = (16.0, "alpha/r")  # one alpha for every rank
 ROOT: Scaling = (5.657, "alpha/sqrt(r)")  # rsLoRA, as the grids have it
 CLEAR = 0.75  # of the pairs of runs: one kind has larger values than the other
-LEAST = 2  # runs of each fate, for a claim on what tells them apart
+LEAST = 3  # runs of each fate, for a claim on what tells them apart
 
 
 def judged(rows: Sequence[Row]) -> list[Claim]:
