@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -142,27 +143,30 @@ class _Mapped:
         self.path, self.way = path, way
         self._content: Mapping[Any, Any] | None = None
         self._left, self._seen = 0, (0, 0, 0)
+        self._lock = threading.Lock()  # matrices are read in threads
 
     def part(self, key: Any, start: int, stop: int) -> Tensor:
-        content = self._mapping()
-        tensor = content.get(key) if content is not None else None
+        tensor = self._mapping().get(key)
         if not isinstance(tensor, Tensor):
             raise SourceError(f"{self.path}: {key} is gone: was the file written while it is read?")
         values = tensor.detach().reshape(-1)[start:stop].clone()
-        # To flatten what is not contiguous copies all of it.
-        self._left -= values.nbytes if tensor.is_contiguous() else tensor.nbytes
-        if self._left <= 0:
-            self._content = None
+        with self._lock:
+            # To flatten what is not contiguous copies all of it.
+            self._left -= values.nbytes if tensor.is_contiguous() else tensor.nbytes
+            if self._left <= 0:
+                self._content = None
         return values
 
-    def _mapping(self) -> Mapping[Any, Any] | None:
-        """What maps names to tensors; None where it lies elsewhere now."""
+    def _mapping(self) -> Mapping[Any, Any]:
+        """What maps names to tensors; nothing where they lie elsewhere now."""
         seen = self._stamp()
-        if self._content is None or seen != self._seen:
-            content, way = _state_dict(self.path, _load(self.path, True))
-            self._content = content if way == self.way else None
-            self._left, self._seen = FRESH, seen
-        return self._content
+        with self._lock:
+            content = self._content
+            if content is None or seen != self._seen:
+                found, way = _state_dict(self.path, _load(self.path, True))
+                self._content = content = found if way == self.way else {}
+                self._left, self._seen = FRESH, seen
+            return content
 
     def _stamp(self) -> tuple[int, int, int]:
         try:
