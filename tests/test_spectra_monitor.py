@@ -239,8 +239,9 @@ def test_every_and_the_delay_of_a_device():
     assert delayed.finish() is None
     assert [asdict(r) for r in seen if r] == [asdict(r) for r in late if r] + [asdict(last)]
     assert last.reward == 0.5 and last.kl == 0.25 and delayed.history == plain.history
-    with pytest.raises(ValueError, match="every must be at least 1, got 0"):
-        Monitor(model, every=0)
+    for every in (0, -1, 1.5, "3", True, None):
+        with pytest.raises(ValueError, match=f"every must be an integer.* got {every!r}"):
+            Monitor(model, every=every)
 
 
 def test_a_model_without_values_is_refused():

@@ -694,6 +694,67 @@ def test_the_noise_edge_and_random_matrices_are_in_the_picture(tmp_path):
     assert "noise edge of rounding" in figure and "random, same shapes" in figure
 
 
+@pytest.mark.parametrize("n", [1, 2, 8, 16, 300, 512])
+def test_every_value_of_a_short_curve_is_drawn(n):
+    assert drawing.positions(n).tolist() == list(range(n))
+
+
+def test_the_tail_of_a_long_curve_is_thinned():
+    at = drawing.positions(4096)
+    assert at[:512].tolist() == list(range(512)) and at[-1] == 4095 and len(at) <= 768
+    assert (np.diff(at) > 0).all() and np.diff(np.log(at[512:])).max() < 0.02
+
+
+def rows_of(*shapes):
+    return [{"shape": shape, "max_rank": min(shape)} for shape in shapes]
+
+
+def test_bands_of_random_matrices_begin_at_the_first_value_and_are_as_long_as_the_shape():
+    rng = np.random.default_rng(1)
+    for shape in ((900, 700), (60, 40)):
+        ((low, high),), words = drawing.random_bands(rows_of(shape, shape[::-1]))
+        assert words == "random, same shapes"
+        assert len(low) == len(high) == min(shape) and low[0] == high[0] == 1
+        s = np.linalg.svd(rng.standard_normal(shape), compute_uv=False)
+        assert abs((low + high) / 2 - s / s[0]).max() < (0.02 if min(shape) > 512 else 0.1)
+    ((low, _),), _ = drawing.random_bands([{"shape": (4096, 1024), "max_rank": 8}])
+    assert len(low) == 8 and low[-1] > 0.8
+
+
+def test_bands_leave_tiny_shapes_out_beside_larger_ones():
+    bands, words = drawing.random_bands(rows_of((2, 384), (384, 384), (96, 384)))
+    assert sorted(len(low) for low, _ in bands) == [96, 384] and words == "random, 2 of 3 shapes"
+    bands, words = drawing.random_bands(rows_of((2, 384), (3, 384)))
+    assert [len(low) for low, _ in bands] == [2, 3] and words == "random, same shapes"
+
+
+def test_bands_of_many_shapes_are_some_of_every_size():
+    bands, words = drawing.random_bands(rows_of(*((n, 200) for n in range(20, 120))))
+    sizes = [len(low) for low, _ in bands]
+    assert words == "random, 8 of 100 shapes" and sizes[0] == 20 and sizes[-1] == 119
+    assert len(sizes) == 8 and max(np.diff(sizes)) <= 15
+
+
+@pytest.mark.parametrize("ranks", [(8,), (8, 13)], ids=str)
+def test_dots_of_k90_lie_on_their_curves(ranks):
+    state = {f"l{n}.weight": torch.randn(n, 40) for n in ranks}
+    report = sa.spectra.analyze(state)
+    rows = drawing.drawable(report)
+    _, axes, x_of = plots._curves(rows)
+    energies = []
+    for row in rows:
+        e = drawing.curve(report, row) ** 2
+        energies.append(e.cumsum() / e.sum())
+    curves = plots._lines(axes, rows, energies, x_of)
+    plots._counts(axes, rows, energies, x_of)
+    dots = [line for line in axes.get_lines() if line.get_marker() in ("o", "D")]
+    assert len(dots) == 2 * len(rows)
+    for i, dot in enumerate(dots):
+        ((x, y),) = dot.get_xydata()
+        drawn = curves[i % len(rows)].get_xydata()
+        assert abs(drawn - (x, y)).max(1).min() < 1e-12 and y >= (0.9, 0.99)[i // len(rows)]
+
+
 def test_many_types_are_drawn_below_each_other(tmp_path):
     """So that the numbers in the cells can be read in a page."""
     state = {f"layers.{i}.type_{j}.weight": torch.randn(6, 5) for i in range(3) for j in range(14)}
@@ -789,6 +850,37 @@ def test_several_on_one_scale(net, tmp_path, train_a_little):
         sa.spectra.compare({})
     with pytest.raises(ValueError, match="no matrix is in all of"):
         sa.spectra.compare({"a": {"x.weight": torch.eye(3)}, "b": {"y.weight": torch.eye(3)}})
+
+
+def test_a_dora_beside_a_lora_shows_its_direction_and_which_null(net, tmp_path, train_a_little):
+    """The whole update of a DoRA has a null of full rank, over which any looks collapsed."""
+    for name, adapter in (("lora", sa.LoRA(rank=4)), ("dora", sa.DoRA(rank=4))):
+        model = train_a_little(sa.adapt(copy.deepcopy(net), adapter), scale=0.2)
+        sa.save(model, tmp_path / name)
+    sources = {name: tmp_path / name for name in ("lora", "dora")}
+    comparison = sa.spectra.compare(sources, base=net)
+    dora = comparison.reports["dora"]
+    assert {row["kind"] for row in drawing.drawable(dora)} == {"effective"}
+    shown = drawing.drawable(dora, whole=False)
+    assert {row["kind"] for row in shown} == {"direction"}
+    assert drawing.null_words(shown) == "random of rank 4"
+    assert drawing.null_words(drawing.drawable(dora)) == "random of full rank"
+    assert drawing.null_words(dora.rows) == "random of full rank and of factors"
+    assert "random of rank 4" in plots.heatmap(comparison.reports, tmp_path / "h.svg").read_text()
+    text = plots.comparison(comparison.reports, tmp_path / "c.svg").read_text()
+    assert "of a DoRA the direction" in text
+    assert not comparison.notes, "neither has a noise edge"
+
+
+def test_the_cut_is_advised_where_there_is_one(net):
+    tuned = {name: (W + 0.01 * W.std()).bfloat16() for name, W in net.state_dict().items()}
+    base = {name: W.bfloat16() for name, W in net.state_dict().items()}
+    model = sa.adapt(copy.deepcopy(net), sa.LoRA(rank=2))
+    with torch.no_grad():
+        for layer in find_adapted(model).values():
+            layer.B.normal_()
+    (note,) = sa.spectra.compare({"a": tuned, "b": model}, base=base).notes
+    assert note.endswith("in different ways: compare ranks after the cut at the noise edge")
 
 
 def test_the_same_directions_and_others(net, tmp_path, train_a_little):

@@ -16,7 +16,12 @@ import torch
 from torch import nn
 
 import structadapt as sa
-from structadapt.spectra.reading import SourceError, SourceNotFoundError, open_source
+from structadapt.spectra.reading import (
+    SourceError,
+    SourceNotFoundError,
+    open_source,
+    pickle_file,
+)
 from structadapt.spectra.reading.differences import ulp_exponents
 from structadapt.spectra.reading.matrix import CHUNK, PIECE
 
@@ -751,14 +756,12 @@ def test_pickles_that_are_not_tensors_alone(tmp_path, capfd):
     for legacy in (True, False):
         for content in ({"w": W, "evil": Evil()}, nn.Linear(2, 2)):
             torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-            with pytest.raises(SourceError, match="x.pt contains Python objects.*not loaded"):
+            with pytest.raises(SourceError, match="x.pt holds something else than tensors"):
                 open_source(path)
     import pickle
 
     path.write_bytes(pickle.dumps(Evil(), protocol=2))
-    with pytest.raises(
-        SourceError, match=r"x.pt (contains Python objects|is truncated or no file)"
-    ):
+    with pytest.raises(SourceError, match=r"x.pt (holds something else|is truncated or no file)"):
         open_source(path)
     assert "pwned" not in capfd.readouterr().out
     for content, message in (
@@ -774,12 +777,66 @@ def test_pickles_that_are_not_tensors_alone(tmp_path, capfd):
     for broken, message in (
         (data[: len(data) // 2], "truncated or no file of torch.save"),
         (b"", "is empty"),
-        (b"junk", "truncated or no file of torch.save|contains Python"),
+        (b"junk", "truncated or no file of torch.save|holds something else"),
         (BROKEN["git lfs"][0], "git-LFS pointer"),
     ):
         path.write_bytes(broken)
         with pytest.raises(SourceError, match=f"x.pt.*{message}"):
             open_source(path)
+
+
+def test_the_refusal_of_a_pickle_says_what_it_holds_and_what_is_expected(tmp_path):
+    path = tmp_path / "x.pt"
+    for legacy in (True, False):
+        torch.save(nn.Linear(2, 2), path, _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(SourceError) as caught:
+            open_source(path)
+        assert str(caught.value) == (
+            f"{path} holds something else than tensors (torch.nn.modules.linear.Linear), which "
+            "could run code and was not run; expected a state dict saved with torch.save, or a "
+            "safetensors file"
+        )
+
+
+def test_many_small_tensors_of_a_pickle_are_loaded_together(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    tensors = {f"{i}.weight": random(4, 3, seed=i) for i in range(300)}
+    torch.save(tensors, path)
+    calls, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: calls.append(a) or load(*a, **k))
+    matrices = open_source(path).matrices
+    for matrix in matrices:
+        assert torch.equal(torch.cat(list(matrix.rows())), tensors[f"{matrix.name}.weight"])
+    assert len(matrices) == 300 and len(calls) == 2
+
+
+def test_a_mapping_of_a_pickle_goes_away_with_what_it_read(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    torch.save({f"{i}.weight": random(4, 3) for i in range(12)}, path)
+    monkeypatch.setattr(pickle_file, "FRESH", 4 * 4 * 3 * 4)  # four matrices
+    calls, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: calls.append(a) or load(*a, **k))
+    for matrix in open_source(path).matrices:
+        list(matrix.rows())
+    assert len(calls) == 1 + 3
+
+
+def test_a_pickle_that_is_written_while_it_is_read(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"0.weight": random(4, 3), "1.weight": random(4, 3)}, path)
+    first, second = open_source(path).matrices
+    list(first.rows())
+    new = random(4, 3, seed=1)
+    torch.save({"1.weight": new}, path)
+    assert torch.equal(torch.cat(list(second.rows())), new)
+    with pytest.raises(SourceError, match=r"0.weight is gone: was the file written"):
+        list(first.rows())
+    os.truncate(path, 100)
+    with pytest.raises(SourceError, match="x.pt is truncated"):
+        list(second.rows())
+    path.unlink()
+    with pytest.raises(SourceError, match="x.pt cannot be read: No such file"):
+        list(second.rows())
 
 
 def test_pickles_that_grow(tmp_path):

@@ -147,7 +147,7 @@ def test_as_a_module():
         ("spectra no\x00where", "spectra: error: 'no\\x00where' holds a NUL"),
         ("spectra garbage.safetensors", "is truncated within its header"),
         ("spectra empty.safetensors", "is empty (0 bytes)"),
-        ("spectra pickle.pt", "contains Python objects other than tensors"),
+        ("spectra pickle.pt", "holds something else than tensors"),
         ("spectra zip.bin", "zip.bin is truncated or no file of torch.save"),
         ("spectra folder", "folder has no weights"),
         ("spectra good.safetensors --base file", "spectra: error: file"),

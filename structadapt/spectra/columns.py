@@ -111,7 +111,8 @@ MEASURES = (
     Column(
         "intruders",
         "intruders",
-        "of the top 10 left vectors of W', those with no |cosine| of 0.5 to one of W",
+        "of the top 10 left vectors of W', those with no |cosine| of 0.5 to one of W; Shuttleworth "
+        "et al. 2024",
     ),
     Column("sparsity", "unchanged", "share of weights with |w' - w| <= 0.001 max(|w|, |w'|)"),
     Column("magnitude_mean", "m drift", "DoRA: mean of |m / |W|_row - 1|"),
@@ -143,7 +144,7 @@ def meaning(name: str) -> str:
     """What a column holds, in words. KeyError for one that is none."""
     words = {c.name: c.meaning for c in (*IDENTITY, *MEASURES, *END)}
     for part, text in (
-        ("null", "mean of {} over random matrices of the same shape"),
+        ("null", "{} of random matrices of the same shape"),
         ("ratio", "{0} / {0}_null"),
     ):
         stem = name.removesuffix(f"_{part}")

@@ -108,11 +108,15 @@ def _notes(reports: Mapping[str, Report]) -> list[str]:
     """Where two sides were not measured in the same way."""
     notes = []
     ways = {n: {r["precision"] for r in rep.rows if usable(r)} for n, rep in reports.items()}
+    cut = {n for n, rep in reports.items() if any(r["noise_edge"] for r in rep.rows)}
     for (left, one), (right, other) in itertools.combinations(ways.items(), 2):
-        if one != other:
+        edge = not cut.isdisjoint((left, right))
+        # Without an edge, the whole of a DoRA beside its direction is no reason to warn of a LoRA.
+        if one != other if edge else one.isdisjoint(other):
+            advice = ": compare ranks after the cut at the noise edge" if edge else ""
             notes.append(
                 f"{left} ({'; '.join(sorted(one))}) and {right} ({'; '.join(sorted(other))}) came "
-                "about in different ways: compare ranks after the cut at the noise edge"
+                f"about in different ways{advice}"
             )
     every = [_names(report) for report in reports.values()]
     if any(names != every[0] for names in every):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from structadapt.files import write_atomically
-from structadapt.spectra.nulls import triangle
+from structadapt.spectra.nulls import null_spectrum, triangle
 from structadapt.spectra.report import NAMELESS, Record, Report, by_type, middle, usable
 
 # Okabe & Ito (2008), yellow left out: it is hard to see on white.
@@ -21,9 +21,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", ":")
 GREY, EDGE = "#BBBBBB", "#7A0000"
 TYPES, OTHERS = 40, "others"  # module types that a picture tells apart, and the rest
+FEW = 12  # matrices that get a line of their own
 LEGEND = 20  # of its entries
-POINTS = 256  # of a drawn curve
-LARGEST_NULL = 384  # side of the random matrices that are drawn
+POINTS, TAIL = 512, 256  # of a curve: as many values are all drawn, and of those beyond so many
+LARGEST_NULL = 384  # side of the random matrices that are drawn by chance
+SHAPES, TINY = 8, 16  # random shapes in a picture; values of one too short to stand beside others
 
 
 def style(i: int) -> dict[str, Any]:
@@ -67,6 +69,31 @@ def written(figure: Any, path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def plain_log(axes: Any, which: str = "x") -> None:
+    """A logarithmic axis with few numbers, such as 20 and 0.003."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis = getattr(axes, f"{which}axis")
+    axes.set(**{f"{which}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis=which, labelsize=8)
+
+
+def thin_lines(
+    group: Sequence[Record], values: Mapping[int, np.ndarray], x_of: Any, colour: str
+) -> Any:
+    """The curves of many matrices, faint, as one object of matplotlib."""
+    from matplotlib.collections import LineCollection
+
+    lines = []
+    for row in group:
+        at = positions(row["max_rank"])
+        lines.append(np.column_stack([x_of(row, at), values[id(row)][at]]))
+    return LineCollection(lines, colors=colour, linewidths=0.5, alpha=0.25, zorder=2)
+
+
 def label(name: Any, width: int = 40) -> str:
     """A name that any font shows, that is no formula, and not too long."""
     text = str(name).encode("ascii", "backslashreplace").decode()
@@ -84,14 +111,28 @@ def curve(report: Report, row: Record) -> np.ndarray:
     return np.where(s > 0, s / s[0], np.nan)
 
 
-def drawable(report: Report) -> list[Record]:
-    """The rows with a spectrum that is not all 0; the whole update of a module, where there is
-    one, and not its direction too."""
+def drawable(report: Report, whole: bool = True) -> list[Record]:
+    """The rows with a spectrum that is not all 0, one a module: where it has its direction and the
+    whole update, the whole or, with whole=False, the direction."""
     rows = {}
     for row in report.rows:
         if usable(row) and row["frobenius_norm"]:
-            rows[row["name"]] = row  # the later one is the whole update
+            rows[row["name"]] = row if whole else rows.get(row["name"], row)  # the whole is later
     return list(rows.values())
+
+
+def named(rows: Sequence[Record]) -> dict[str, list[Record]]:
+    """Each matrix by itself where they are few, else by module type."""
+    return {row["name"]: [row] for row in rows} if len(rows) <= FEW else by_type(rows)
+
+
+def null_words(rows: Sequence[Record]) -> str:
+    """Which random matrices the ratios of these rows are over."""
+    ranks = {row["max_rank"] for row in rows if row["max_rank"] < min(row["shape"])}
+    if any(row["max_rank"] == min(row["shape"]) for row in rows):
+        return "random of full rank" if not ranks else "random of full rank and of factors"
+    span = f"{min(ranks)}" if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+    return f"random of rank {span}"
 
 
 def few_types(reports: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
@@ -107,8 +148,11 @@ def few_types(reports: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]
 
 
 def positions(n: int) -> np.ndarray:
-    """Indices of a curve of n values, evenly spaced on a logarithmic axis."""
-    return np.unique(np.geomspace(1, n, min(n, POINTS)).round().astype(int)) - 1
+    """Indices of a curve of n values: the first all, those beyond evenly on a logarithmic axis."""
+    if n <= POINTS:
+        return np.arange(n)
+    tail = np.geomspace(POINTS, n, TAIL).round().astype(int) - 1
+    return np.unique(np.concatenate([np.arange(POINTS), tail]))
 
 
 def at_shares(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
@@ -117,25 +161,42 @@ def at_shares(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
     return np.interp(shares, own, values, left=np.nan)
 
 
-def random_curves(rows: Sequence[Record]) -> list[np.ndarray]:
-    """s_i of random matrices like those of the rows: a few draws for each kind of shape."""
-    kinds: dict[tuple[tuple[int, int], int], None] = {}
-    for row in rows:
-        kinds[row["shape"], row["max_rank"]] = None
-    return [_random(shape, rank, seed) for shape, rank in list(kinds)[:8] for seed in range(3)]
+Band = tuple[np.ndarray, np.ndarray]  # lowest and highest s_i / s_1 of random matrices, i from 1
+
+
+def random_bands(rows: Sequence[Record]) -> tuple[list[Band], str]:
+    """Random matrices like those of the rows, a band a shape, and what a legend says of them.
+
+    Shapes of few values are left out where others have more: of i / n they have a corner alone.
+    Of many shapes, SHAPES are taken evenly by size.
+    """
+    kinds = {(row["max_rank"], *sorted(row["shape"])) for row in rows}
+    long = sorted(kind for kind in kinds if kind[0] >= TINY) or sorted(kinds)
+    at = np.unique(np.linspace(0, len(long) - 1, SHAPES).round().astype(int))
+    words = "same shapes" if len(at) == len(kinds) else f"{len(at)} of {len(kinds)} shapes"
+    return [_band(*long[i]) for i in at], f"random, {words}"
 
 
 @lru_cache(maxsize=64)
-def _random(shape: tuple[int, int], rank: int, seed: int) -> np.ndarray:
-    """Singular values of a Gaussian matrix, or of B A for Gaussian factors of a lower rank, by
-    `nulls.triangle`. A large matrix is drawn smaller, with the same ratio of its sides."""
-    generator = np.random.default_rng((seed, *shape, rank))
-    if rank < min(shape):
-        left, right = (triangle(generator, size, rank) for size in shape)
-        return np.linalg.svd(left @ right.T, compute_uv=False)
-    n = min(min(shape), LARGEST_NULL)
-    longer = n * max(shape) / min(shape)
-    return np.linalg.svd(triangle(generator, longer, n), compute_uv=False)
+def _band(rank: int, n: int, longer: int) -> Band:
+    """Over a few draws; of a large Gaussian matrix, whose draws a picture cannot tell apart, the
+    expected singular values."""
+    if rank == n > LARGEST_NULL:
+        draws = [null_spectrum((n, longer)).numpy()]
+    else:
+        draws = [_random(rank, n, longer, seed) for seed in range(3)]
+    curves = np.stack([s / s[0] for s in draws])
+    return curves.min(0), curves.max(0)
+
+
+def _random(rank: int, n: int, longer: int, seed: int) -> np.ndarray:
+    """Singular values of a Gaussian matrix (longer, n), or of B A for Gaussian factors of a lower
+    rank, by `nulls.triangle`."""
+    generator = np.random.default_rng((seed, longer, n, rank))
+    if rank == n:
+        return np.linalg.svd(triangle(generator, longer, n), compute_uv=False)
+    left, right = (triangle(generator, size, rank) for size in (longer, n))
+    return np.linalg.svd(left @ right.T, compute_uv=False)
 
 
 def grid(

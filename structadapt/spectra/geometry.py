@@ -2,7 +2,8 @@
 in slices of rows and are never held whole.
 
 The principal directions are the leading k = min(512, n / 8) on each side, at least one: 512 at
-n = 4096, as in arXiv 2511.08567.
+n = 4096, as in arXiv 2511.08567. Intruders are the dimensions of Shuttleworth et al. 2024, arXiv
+2410.21228: leading left vectors of W' whose cosine to every one of W is below a threshold.
 """
 
 import math

@@ -78,7 +78,8 @@ def effective_rank_energy(s: Tensor) -> float:
 
 @_measure
 def participation_ratio(s: Tensor) -> float:
-    """1 / sum(p^2) = (sum s^2)^2 / sum s^4: the Hill number D_2."""
+    """1 / sum(p^2) = (sum s^2)^2 / sum s^4: the Hill number D_2 (Bell & Dean 1970), the inverse of
+    Simpson's index (1949)."""
     return 1 / _energy(s).square().sum().item()
 
 
@@ -143,7 +144,8 @@ def energy_count(s: Tensor, share: float) -> int:
 @_measure
 def gini(s: Tensor) -> float:
     """Gini coefficient sum (2 i - n - 1) s_(i) / (n sum s), s ascending: 0 if all are equal,
-    1 - 1/n if one is all."""
+    1 - 1/n if one is all. It meets all six demands on a measure of sparsity of Hurley & Rickard
+    2009."""
     n = len(s)
     weights = 2 * torch.arange(1, n + 1, dtype=torch.float64) - n - 1
     return (weights @ s.sort().values / (n * s.sum())).item()
@@ -187,7 +189,7 @@ def nuclear_norm(s: SingularValues) -> float:
 @_measure
 def condition(s: Tensor) -> float:
     """Largest over smallest singular value; infinity if the smallest is 0, as it is when it lies
-    below the floor of the method."""
+    below the floor of the method (Golub & Van Loan 2013)."""
     smallest = s.min().item()
     return 1 / smallest if smallest else math.inf
 
@@ -198,7 +200,7 @@ def condition(s: Tensor) -> float:
 @_measure
 def numerical_rank(s: Tensor, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> int:
     """How many values exceed s_1 max(m, k) eps(dtype), the rule of numpy's and torch's
-    `matrix_rank`. It counts rounding as rank: see `rank_above_noise`."""
+    `matrix_rank` (Golub & Van Loan 2013). It counts rounding as rank: see `rank_above_noise`."""
     return int((s > max(shape) * torch.finfo(dtype).eps).sum())
 
 

@@ -87,8 +87,8 @@ class Monitor:
     from parameters that are equal; of sharded ones the whole values are gathered one by one. Only
     the first writes files.
 
-    Raises ValueError for `every` below 1, a model in which nothing can be watched, or one that has
-    no values yet.
+    Raises ValueError for `every` that is no integer or below 1, a model in which nothing can be
+    watched, or one that has no values yet.
     """
 
     def __init__(
@@ -99,8 +99,8 @@ class Monitor:
         thresholds: Thresholds | None = None,
         snapshots: bool = False,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be an integer and at least 1, got {every!r}")
         self.every, self.delayed = every, any(p.is_cuda for p in model.parameters())
         self._model = model
         self.updates, self.not_watched = updates.find(model, snapshots)

@@ -9,7 +9,8 @@ has normal entries above and chi-distributed ones on its diagonal. Beyond, the d
 parts in a thousand, and the quantiles of the Marchenko-Pastur law stand for all of them. The
 participation ratio n / (1 + g) and the stable rank n / (1 + sqrt g)^2, g = n / max(m, k), are
 what both come to. alpha of the Kolmogorov-Smirnov fit has no such limit: it differs between draws
-by half of itself, and its null is an example; compare `alpha_median`.
+by half of itself. Up to 256 values its null is their mean, beyond it is that of the one spectrum of
+quantiles, an example; compare `alpha_median`.
 """
 
 import math

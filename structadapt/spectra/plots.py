@@ -29,15 +29,18 @@ from structadapt.spectra.drawing import (
     grid,
     label,
     layers_of,
+    named,
     new_figure,
+    null_words,
+    plain_log,
     positions,
-    random_curves,
+    random_bands,
+    thin_lines,
     written,
 )
 from structadapt.spectra.report import NothingToShowError, Record, Report, by_type
 
 Where = str | os.PathLike[str]
-FEW = 12  # matrices that get a line of their own
 WIDEST, TALLEST = 14, 30  # inches of a picture, of a heat map without its names
 OF_UPDATES = ("participation_ratio_ratio", "topk_energy", "relative_norm")
 SHADES = {"concentrated": "#F0E442", "collapsing": "#E69F00", "collapsed": "#CC79A7"}  # states
@@ -62,12 +65,7 @@ def singular_values(report: Report, path: Where) -> Path:
     """s_i / s_1, both axes logarithmic, with the band of random matrices and the noise edge."""
     rows = few_types({"": drawable(report)})[""]
     figure, axes, x_of = _curves(rows)
-    nulls = random_curves(rows)
-    shares = np.geomspace(1 / max(map(len, nulls)), 1, 400)
-    band = np.stack([at_shares(s / s[0], shares) for s in nulls])
-    low, high = np.fmin.reduce(band), np.fmax.reduce(band)
-    x = shares * rows[0]["max_rank"] if x_of is _index else shares
-    random = axes.fill_between(x, low, high, color=GREY, label="random, same shapes", zorder=1)
+    random = _random(axes, rows, x_of)
     found = [curve(report, row) for row in rows]
     handles = _lines(axes, rows, found, x_of)
     edges = [r["noise_edge"] / r["spectral_norm"] for r in rows if r["noise_edge"]]
@@ -91,15 +89,7 @@ def energy(report: Report, path: Where) -> Path:
         e = np.nan_to_num(curve(report, row)) ** 2
         found.append(e.cumsum() / e.sum())
     handles = _lines(axes, rows, found, x_of)
-    groups = _named(rows)
-    style = Lines(groups)
-    for level, column, marker in ((0.9, "k90", "o"), (0.99, "k99", "D")):
-        axes.axhline(level, color=GREY, linewidth=0.8, zorder=0)
-        for name, group in groups.items():
-            ks = [r[column] / (1 if x_of is _index else r["max_rank"]) for r in group if r[column]]
-            if ks:
-                place = float(np.median(ks)), level
-                axes.plot(*place, marker, color=style[name]["color"], markersize=6, clip_on=False)
+    _counts(axes, rows, found, x_of)
     axes.plot([], [], "o", color="#555555", label="k90, 90 % of the energy")
     axes.plot([], [], "D", color="#555555", label="k99, 99 %")
     ticks = [0, 0.25, 0.5, 0.75, 0.9, 0.99]
@@ -110,8 +100,10 @@ def energy(report: Report, path: Where) -> Path:
 
 
 def heatmap(reports: Mapping[str, Report], path: Where) -> Path:
-    """Layer by module type, one picture a measure and report; one scale for all reports."""
-    rows = few_types({name: drawable(report) for name, report in reports.items()})
+    """Layer by module type, one picture a measure and report; one scale for all reports. Of several
+    a DoRA shows its direction, as a LoRA has nothing else."""
+    whole = len(reports) == 1
+    rows = few_types({name: drawable(report, whole) for name, report in reports.items()})
     every = [row for group in rows.values() for row in group]
     if not every:
         raise NothingToShowError("nothing to draw: every matrix is zero or was left out")
@@ -132,14 +124,17 @@ def heatmap(reports: Mapping[str, Report], path: Where) -> Path:
         images = []
         for i, (name, values) in enumerate(zip(rows, grids, strict=True)):
             images.append(_heat(panels[i, j], values, layers, types, low, high))
-            panels[i, j].set_title(title(measure) + (f"\n{label(name, 24)}" if name else ""))
+            words = [title(measure), label(name, 24) if name else ""]
+            words += [null_words(rows[name])] if measure.endswith("_ratio") and not whole else []
+            panels[i, j].set_title("\n".join(filter(None, words)))
         figure.colorbar(images[0], ax=list(panels[:, j]), fraction=0.06, aspect=30)
     return written(figure, path)
 
 
 def comparison(reports: Mapping[str, Report], path: Where) -> Path:
-    """Several adapters or models on one scale: every matrix a dot, median and 10-90 % a bar."""
-    rows = {name: drawable(report) for name, report in reports.items()}
+    """Several adapters or models on one scale: every matrix a dot, median and 10-90 % a bar; of a
+    DoRA its direction."""
+    rows = {name: drawable(report, len(reports) == 1) for name, report in reports.items()}
     every = [row for group in rows.values() for row in group]
     if not every:
         raise NothingToShowError("nothing to draw: every matrix is zero or was left out")
@@ -155,12 +150,14 @@ def comparison(reports: Mapping[str, Report], path: Where) -> Path:
                 _strip(axes, values, len(rows) - 1 - i, COLOURS[i % len(COLOURS)])
         axes.set(xlabel=title(measure), ylim=(-0.6, len(rows) - 0.4))
         if measure != "topk_energy":
-            _plain_log(axes)
+            plain_log(axes)
         else:
             axes.set_xlim(-0.03, 1.03)
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(rows)), [label(name, 28) for name in reversed(rows)])
-    figure.suptitle("every matrix a dot; median and 10-90 % a bar")
+    directions = any(row["kind"] == "direction" for row in every)
+    words = "; of a DoRA the direction s B A" if directions else ""
+    figure.suptitle(f"every matrix a dot; median and 10-90 % a bar{words}")
     return written(figure, path)
 
 
@@ -174,7 +171,7 @@ def training(path: Where, picture: Where) -> Path:
     for axes, name in zip(panels, wanted, strict=True):
         of_updates(axes, records, {name: "median, 10-90 %"})
         if name.startswith("relative") and math.isfinite(axes.dataLim.minposy):
-            _plain_log(axes, "y")
+            plain_log(axes, "y")
         axes.set(xlabel="step", title=title(name))
     panels[-1].legend(loc="lower right", fontsize=8)
     return written(figure, picture)
@@ -222,7 +219,7 @@ def _curves(rows: Sequence[Record]) -> tuple[Any, Any, Any]:
     same = len({row["max_rank"] for row in rows}) == 1
     figure = new_figure(8, 4.8)
     axes = figure.subplots()
-    _plain_log(axes)
+    plain_log(axes)
     axes.set_xlabel("i" if same else "i / n, the share of all directions")
     axes.grid(alpha=0.3)
     return figure, axes, _index if same else _share
@@ -236,14 +233,9 @@ def _share(row: Record, indices: np.ndarray) -> np.ndarray:
     return (indices + 1) / row["max_rank"]
 
 
-def _named(rows: Sequence[Record]) -> dict[str, list[Record]]:
-    """Each matrix by itself where they are few, else by module type."""
-    return {row["name"]: [row] for row in rows} if len(rows) <= FEW else by_type(rows)
-
-
 def _lines(axes: Any, rows: Sequence[Record], found: Sequence[np.ndarray], x_of: Any) -> list[Any]:
     """One line a matrix; of many, thin ones and the median of each type. The legend's handles."""
-    groups = _named(rows)
+    groups = named(rows)
     style, handles = Lines(groups), []
     values = {id(row): c for row, c in zip(rows, found, strict=True)}
     for name, group in groups.items():
@@ -254,7 +246,7 @@ def _lines(axes: Any, rows: Sequence[Record], found: Sequence[np.ndarray], x_of:
             x, y = x_of(group[0], at), values[id(group[0])][at]
             handles += axes.plot(x, y, marker=marker, linewidth=1.6, **own)
             continue
-        axes.add_collection(_thin(group, values, x_of, own["color"]))
+        axes.add_collection(thin_lines(group, values, x_of, own["color"]))
         shortest = min(row["max_rank"] for row in group)
         shares = (positions(shortest) + 1) / shortest
         middle = np.median([at_shares(values[id(row)], shares) for row in group], 0)
@@ -266,14 +258,35 @@ def _lines(axes: Any, rows: Sequence[Record], found: Sequence[np.ndarray], x_of:
     return handles
 
 
-def _thin(group: Sequence[Record], values: Mapping[int, np.ndarray], x_of: Any, colour: str) -> Any:
-    from matplotlib.collections import LineCollection
+def _random(axes: Any, rows: Sequence[Record], x_of: Any) -> Any:
+    """The bands of random matrices; the legend's handle."""
+    bands, words = random_bands(rows)
+    drawn = None
+    for low, high in bands:
+        at = positions(len(low))
+        x = x_of({"max_rank": len(low)}, at)
+        style = {"color": GREY, "linewidth": 3, "joinstyle": "round", "label": words, "zorder": 1}
+        drawn = axes.fill_between(
+            x, low[at], high[at], **style
+        )  # as thin as a line, of a large one
+    return drawn
 
-    lines = []
-    for row in group:
-        at = positions(row["max_rank"])
-        lines.append(np.column_stack([x_of(row, at), values[id(row)][at]]))
-    return LineCollection(lines, colors=colour, linewidths=0.5, alpha=0.25, zorder=2)
+
+def _counts(axes: Any, rows: Sequence[Record], found: Sequence[np.ndarray], x_of: Any) -> None:
+    """k90 and k99 as dots on the curves of `_lines`."""
+    groups = named(rows)
+    style = Lines(groups)
+    values = {id(row): c for row, c in zip(rows, found, strict=True)}
+    for level, column, marker in ((0.9, "k90", "o"), (0.99, "k99", "D")):
+        axes.axhline(level, color=GREY, linewidth=0.8, zorder=0)
+        for name, group in groups.items():
+            shares = [row[column] / row["max_rank"] for row in group if row[column]]
+            if not shares:
+                continue
+            share = np.median(shares)
+            y = np.nanmedian([at_shares(values[id(row)], share) for row in group])
+            x = share * group[0]["max_rank"] if x_of is _index else share
+            axes.plot(x, y, marker, color=style[name]["color"], markersize=6, clip_on=False)
 
 
 def _legend(axes: Any, handles: Sequence[Any]) -> None:
@@ -303,15 +316,3 @@ def _strip(axes: Any, values: np.ndarray, y: int, colour: str) -> None:
     low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
     axes.plot([low, high], [y, y], color=colour, linewidth=4, alpha=0.7, zorder=3)
     axes.plot(middle, y, "|", color="black", markersize=14, markeredgewidth=2, zorder=4)
-
-
-def _plain_log(axes: Any, which: str = "x") -> None:
-    """A logarithmic axis with few numbers, such as 20 and 0.003."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis = getattr(axes, f"{which}axis")
-    axes.set(**{f"{which}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis=which, labelsize=8)

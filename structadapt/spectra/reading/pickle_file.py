@@ -1,9 +1,13 @@
 """Files of torch.save: .pt, .pth and .bin. Tensors alone; a pickle that runs code is not loaded."""
 
+import os
 import pickle
+import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +18,15 @@ from structadapt.spectra.reading.matrix import SourceError, Stored, stored_tenso
 from structadapt.spectra.reading.names import unfit_name
 from structadapt.spectra.reading.whole_file import refuse_pointer, regular_file
 
+FRESH = 2**24  # bytes that are read through one mapping: pages that it touched count as memory
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict")  # keys of a training checkpoint
 
 
 def read_pickle(path: Path) -> tuple[dict[str, Stored], list[str]]:
     """The tensors of a file and notes on what else it holds.
 
-    A file in the zip format is mapped into memory to list it, and again for each part that is
-    read, so that little of it stays; one in the format before torch 1.6 is read whole and kept.
+    A file in the zip format is mapped into memory to list it, and again after every 16 MiB that
+    are read, so that little of it stays; one in the format before torch 1.6 is read whole and kept.
 
     Raises SourceNotFoundError; SourceError for a file that is empty, truncated, a git-LFS pointer,
     no file of torch.save, or holds Python objects other than tensors, which are never loaded.
@@ -72,19 +77,16 @@ def _load(path: Path, mapped: bool) -> Any:
         with warnings.catch_warnings():  # of what follows from a file that is none
             warnings.filterwarnings("ignore", "Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0] if "Unsupported" not in str(error) else _what(error)
+    except pickle.UnpicklingError as error:  # torch's own text advises to load it all the same
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({named[1]:.80})" if named else ""
         raise SourceError(
-            f"{path} contains Python objects other than tensors, which can run code when they are "
-            f"read; not loaded: save its state_dict() alone, as safetensors ({reason:.160})"
+            f"{path} holds something else than tensors{what}, which could run code and was not "
+            "run; expected a state dict saved with torch.save, or a safetensors file"
         ) from None
     except Exception as error:  # a damaged pickle raises whatever its instructions run into
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(f"{path} is truncated or no file of torch.save: {reason:.200}") from None
-
-
-def _what(error: Exception) -> str:
-    return next(line for line in str(error).splitlines() if "Unsupported" in line)
 
 
 def _state_dict(path: Path, content: Any) -> tuple[Mapping[Any, Any], str]:
@@ -109,6 +111,7 @@ def _state_dict(path: Path, content: Any) -> tuple[Mapping[Any, Any], str]:
 def _entries(
     path: Path, content: Mapping[Any, Any], way: str, mapped: bool
 ) -> Iterator[tuple[str, Stored]]:
+    file = _Mapped(path, way)
     for key, value in content.items():
         name = key if isinstance(key, str) else f"{key!r:.60}"
         problem = unfit_name(key)
@@ -118,7 +121,7 @@ def _entries(
         stored = stored_tensor(name, value, str(path))
         if not problem and _is_spread(value):
             problem = "it says that it has more values than the file holds"
-        read = _reader(path, way, key) if mapped else stored.read
+        read = partial(file.part, key) if mapped else stored.read
         yield name, Stored(
             name, stored.shape, stored.dtype, str(path), read, problem or stored.problem,
             tie=stored.tie,
@@ -132,14 +135,42 @@ def _nothing(path: Path, name: str, problem: str) -> Stored:
     return Stored(name, (), "none", str(path), read, problem)
 
 
-def _reader(path: Path, way: str, key: Any) -> Any:
-    """Reads a part of one tensor from a fresh mapping of the file, which then goes away."""
+class _Mapped:
+    """The tensors of one file through a mapping, which goes away after FRESH bytes, and where the
+    file changed: to touch what was cut off would end the process."""
 
-    def read(start: int, stop: int) -> Tensor:
-        content, found = _state_dict(path, _load(path, True))
-        tensor = content.get(key) if found == way else None
+    def __init__(self, path: Path, way: str) -> None:
+        self.path, self.way = path, way
+        self._content: Mapping[Any, Any] | None = None
+        self._left, self._seen = 0, (0, 0, 0)
+        self._lock = threading.Lock()  # matrices are read in threads
+
+    def part(self, key: Any, start: int, stop: int) -> Tensor:
+        tensor = self._mapping().get(key)
         if not isinstance(tensor, Tensor):
-            raise SourceError(f"{path}: {key} is gone: was the file written while it is read?")
-        return tensor.detach().reshape(-1)[start:stop].clone()
+            raise SourceError(f"{self.path}: {key} is gone: was the file written while it is read?")
+        values = tensor.detach().reshape(-1)[start:stop].clone()
+        with self._lock:
+            # To flatten what is not contiguous copies all of it.
+            self._left -= values.nbytes if tensor.is_contiguous() else tensor.nbytes
+            if self._left <= 0:
+                self._content = None
+        return values
 
-    return read
+    def _mapping(self) -> Mapping[Any, Any]:
+        """What maps names to tensors; nothing where they lie elsewhere now."""
+        seen = self._stamp()
+        with self._lock:
+            content = self._content
+            if content is None or seen != self._seen:
+                found, way = _state_dict(self.path, _load(self.path, True))
+                self._content = content = found if way == self.way else {}
+                self._left, self._seen = FRESH, seen
+            return content
+
+    def _stamp(self) -> tuple[int, int, int]:
+        try:
+            stat = os.stat(self.path)
+        except OSError as error:
+            raise SourceError(f"{self.path} cannot be read: {error.strerror}") from None
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
