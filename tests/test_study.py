@@ -39,7 +39,7 @@ from structadapt.study.evidence import edge
 from structadapt.study.grid import parse
 
 ROOT = Path(__file__).parents[1]
-REPORTS = ["study", "study/smollm"]  # in docs/
+REPORTS = ["study", "study/small", "study/smollm"]  # in docs/
 SMALL = """
 name = "tried"
 [run]

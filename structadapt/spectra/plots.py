@@ -265,10 +265,9 @@ def _random(axes: Any, rows: Sequence[Record], x_of: Any) -> Any:
     for low, high in bands:
         at = positions(len(low))
         x = x_of({"max_rank": len(low)}, at)
+        # Of a large shape the band is as thin as a line: it has a width of its own.
         style = {"color": GREY, "linewidth": 3, "joinstyle": "round", "label": words, "zorder": 1}
-        drawn = axes.fill_between(
-            x, low[at], high[at], **style
-        )  # as thin as a line, of a large one
+        drawn = axes.fill_between(x, low[at], high[at], **style)
     return drawn
 
 
