@@ -90,6 +90,10 @@ def of_script(name: str, *more: str) -> Callable[[Results], str]:
     return made
 
 
+def replayed(results: Results) -> str:
+    return benchmark("monitor_table").study_table(results)
+
+
 def counted(results: Results) -> str:
     return benchmark("counts").table(results=results)
 
@@ -105,6 +109,7 @@ TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
     "smollm": ("smollm.json", of_script("smollm")),
     "preflight": ("preflight.json", of_script("preflight_table", "conclusion")),
     "monitor": ("monitor.json", of_script("monitor_table", "words")),
+    "monitor_study": ("monitor_study.json", replayed),
     "monitor_cpu": ("monitor_cpu.json", of_script("monitor_cpu")),
     "spectra_cpu": ("spectra_cpu.json", of_script("spectra_cpu")),
     "reliability": ("reliability.json", of_script("reliability")),
