@@ -186,7 +186,6 @@ def test_compile_has_no_break_and_no_recompilation_over_steps(make_kind, kind, f
 
 @pytest.mark.slow
 @few
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 def test_inductor(make, few, x):
     model = make(few)
     twin = copy.deepcopy(model)
@@ -240,7 +239,6 @@ def test_export_with_a_dynamic_batch_and_sequence(make, adapter, strict, x):
 # -- torch.func and higher derivatives -------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_gradients_by_torch_func(make, adapter, x):
     model = make(adapter).double()
     x = x[0].double()
@@ -301,7 +299,7 @@ def test_forward_derivatives(make, adapter, x):
     torch.testing.assert_close(y.tangent, layer(tangent) - layer(torch.zeros_like(tangent)))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_trace_takes_in_nothing_that_was_kept(make, adapter, x):
     layer = make(adapter, nn.Linear(48, 48))[0]
     layer(x)

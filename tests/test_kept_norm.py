@@ -255,7 +255,6 @@ RUNS += [(name, True) for name in OPTIMIZERS if name != "LBFGS"]  # which torch 
 
 
 @pytest.mark.parametrize("name, compiled", RUNS)
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 def test_an_optimizer_step_is_seen(model, x, name, compiled):
     kind, options = OPTIMIZERS[name]
     optimizer = kind(sa.adapter_parameters(model), lr=0.1, **options)
