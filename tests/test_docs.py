@@ -24,10 +24,8 @@ PAGES = [DOCS / "index.md", *sorted((DOCS / "guides").glob("*.md"))]
 RUN = [page for page in PAGES if "```python" in page.read_text()]
 SLOW = {"training"}  # it trains with transformers and TRL
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-NEEDED = """
+BIGRAM = """
 import torch
-from safetensors.torch import save_file
-import structadapt as sa
 
 class Bigram(torch.nn.Module):
     def __init__(self):
@@ -36,6 +34,12 @@ class Bigram(torch.nn.Module):
 
     def forward(self, ids, mask=None, position_ids=None):
         return self.out(self.embed(ids))
+"""
+NEEDED = (
+    BIGRAM
+    + """
+from safetensors.torch import save_file
+import structadapt as sa
 
 torch.manual_seed(0)
 model = sa.adapt(Bigram(), sa.LoRA(rank=2), target="out")
@@ -49,7 +53,8 @@ for folder in ("base", "tuned", "a", "b"):
     Path(folder).mkdir()
     change = 0.0 if folder == "base" else 0.01 * torch.randn(32, 32)
     save_file({name: weight + change}, f"{folder}/model.safetensors")
-"""  # what the blocks of the pages below leave to the reader
+"""
+)  # what the blocks of the pages below leave to the reader
 TOPICS = [DOCS / f"{name}.md" for name in ("kernels", "monitor", "preflight", "spectra")]
 NOT_RUN = {"sh", "text", "{measured}", "{toctree}", "{eval-rst}", ""}
 
@@ -129,23 +134,16 @@ def test_every_public_name_has_an_entry(module):
     assert {f"{module}.{name}" for name in names} - entries == set()
 
 
-YOURS = """
-import torch
-
-class Bigram(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.out = torch.nn.Embedding(8, 32), torch.nn.Linear(32, 8)
-
-    def forward(self, ids, mask=None, position_ids=None):
-        return self.out(self.embed(ids))
-
+YOURS = (
+    BIGRAM
+    + """
 def yours():
     torch.manual_seed(0)
     reward = lambda prompt, completion: float(completion[:1] == prompt)
     return Bigram(), None, [[3], [4], [5]] * 40, reward
 
 """
+)
 
 
 @pytest.mark.slow

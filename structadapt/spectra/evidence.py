@@ -108,10 +108,7 @@ def findings(report: Report, limits: Limits | None = None) -> list[Finding]:
     of an update of which there is the whole.
     """
     t, found = limits or Limits(), []
-    whole = {row["name"] for row in report.rows if row["kind"] == "effective"}
-    for row in report.rows:
-        if row["kind"] == "direction" and row["name"] in whole:
-            continue
+    for row in _judgeable(report):
         kinds: set[str] = set()
         for kind, (_, rule, where) in RULES.items():
             implied = "collapsed" in kinds and kind in ("oversized", "concentrated")
@@ -120,6 +117,12 @@ def findings(report: Report, limits: Limits | None = None) -> list[Finding]:
                 kinds.add(kind)
                 found.append(Finding(kind, row["name"], *hit))
     return sorted(found, key=lambda f: -f.weight)
+
+
+def _judgeable(report: Report) -> list[Record]:
+    """The rows, but for the direction of an update of which there is the whole."""
+    whole = {row["name"] for row in report.rows if row["kind"] == "effective"}
+    return [r for r in report.rows if r["kind"] != "direction" or r["name"] not in whole]
 
 
 def failing(found: Iterable[Finding], asked: Iterable[str]) -> list[Finding]:
@@ -143,13 +146,11 @@ def unjudged(report: Report, asked: Iterable[str]) -> list[str]:
     beside a base is not known, or it is a base of zeros."""
     if not {"any", *BESIDE} & set(asked):
         return []
-    whole = {row["name"] for row in report.rows if row["kind"] == "effective"}
     return [
         row["name"]
-        for row in report.rows
-        if row["kind"] in UPDATES and not (row["kind"] == "direction" and row["name"] in whole)
-        and row["relative_spectral"] is None and row["frobenius_norm"]
-    ]  # fmt: skip
+        for row in _judgeable(report)
+        if row["kind"] in UPDATES and row["relative_spectral"] is None and row["frobenius_norm"]
+    ]
 
 
 def incomplete(report: Report) -> bool:
