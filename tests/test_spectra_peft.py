@@ -373,3 +373,9 @@ def test_a_folder_with_a_part_of_another_variant(folder):
     bad = layer.removeprefix("base_model.model.")
     assert "lora_diag is of a variant of LoRA" in skipped[bad]
     assert len(source.matrices) == 3 and bad not in {m.name for m in source.matrices}
+    factors = (f"{layer}.lora_A", f"{layer}.lora_B")
+    alone = {n: t for n, t in tensors.items() if not n.startswith(factors)}
+    safetensors.torch.save_file(alone, path, {"format": "pt"})
+    assert (
+        "lora_diag is of a variant" in {s.name: s.reason for s in open_source(folder).skipped}[bad]
+    )

@@ -14,10 +14,9 @@ from structadapt.quantised import is_quantised
 from structadapt.spectra.reading.adapter_updates import Update
 from structadapt.spectra.reading.matrix import Skipped, Stored, kernel, stored_tensor
 from structadapt.spectra.reading.names import module_path
-from structadapt.spectra.reading.peft_folder import refuse_variant
+from structadapt.spectra.reading.peft_folder import refuse_variants
 
 SOURCE = "model"
-KNOWN = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 
 
 def weights(model: nn.Module, adapted: bool) -> dict[str, Stored]:
@@ -111,7 +110,7 @@ def updates(model: nn.Module) -> tuple[list[Update], list[Skipped], list[str]]:
     skipped, notes = [], []
     for name, module, parts in _peft_layers(model):
         try:
-            refuse_variant(next(iter(sorted(parts - KNOWN)), None))
+            refuse_variants(parts)
             found.append(_peft_update(module_path(name), cast(Any, module), notes))
         except ValueError as error:
             skipped.append(Skipped(module_path(name), (), "none", SOURCE, str(error)))

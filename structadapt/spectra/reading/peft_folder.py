@@ -36,6 +36,7 @@ PART = re.compile(
     r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<kind>weight|bias))?"
 )
+KNOWN = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 VARIANT = re.compile(r"(?P<layer>.+)\.(?P<part>lora_\w+)(?:\..+)?")  # AdaLoRA, KaSA, ...
 
 
@@ -45,7 +46,6 @@ class PeftParts:
 
     layers: dict[str, dict[str, Stored]] = field(default_factory=dict)  # {layer: {part: tensor}}
     bases: dict[str, Stored] = field(default_factory=dict)  # weights kept beside an adapter
-    variants: dict[str, str] = field(default_factory=dict)  # {layer: a part that is not known here}
     whole: dict[str, Stored] = field(default_factory=dict)  # modules trained whole
     skipped: list[Skipped] = field(default_factory=list)
 
@@ -74,7 +74,7 @@ def sorted_parts(tensors: Mapping[str, Stored], source: str) -> PeftParts:
     for key, stored in tensors.items():
         match = PART.fullmatch(key)
         if match is None and (other := VARIANT.fullmatch(key)):
-            parts.variants.setdefault(module_path(other["layer"]), other["part"])
+            parts.layers.setdefault(module_path(other["layer"]), {})[other["part"]] = stored
             continue
         if match is None:
             _beside(parts, key, stored)
@@ -108,7 +108,7 @@ def peft_updates(config: PeftConfig, parts: PeftParts) -> tuple[list[Update], li
     found, other_ranks = [], []
     for name, own in parts.layers.items():
         try:
-            refuse_variant(parts.variants.get(name))
+            refuse_variants(own)
             update = _update(config, name, own, parts.bases.get(name))
         except ValueError as error:  # SourceError, and AdapterFileError of the configuration
             some = next(iter(own.values()))
@@ -131,9 +131,9 @@ def peft_updates(config: PeftConfig, parts: PeftParts) -> tuple[list[Update], li
     return found, notes
 
 
-def refuse_variant(part: str | None) -> None:
-    """SourceError for a layer with this part, whose update is not B A alone."""
-    if part is not None:
+def refuse_variants(parts: Iterable[str]) -> None:
+    """SourceError for a layer whose parts say that its update is not B A alone."""
+    for part in sorted({*parts} - KNOWN):
         raise SourceError(f"{part} is of a variant of LoRA, or of another method: not known here")
 
 
