@@ -26,12 +26,14 @@ FEW = 8  # rows of x, as in decoding: casting A and B would cost more than multi
 
 def flat(x: Tensor) -> Tensor:
     """(..., n) -> (M, n)."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def shaped(y: Tensor, x: Tensor) -> Tensor:
     """(M, n) -> (..., n) as x has it. No view to autograd, which would forbid writes into it."""
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
+    if x.dim() == 2:
+        return y
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
 
 
 # -- LoRA ------------------------------------------------------------------------------------------
@@ -45,10 +47,10 @@ def lora_forward(
     bias = None if bias is None else bias.to(x.dtype)
     y = F.linear(X, W.to(x.dtype), bias)
     if len(X) <= FEW:
-        h = X.to(A.dtype) @ A.T
-        y.add_(h @ B.T, alpha=scale)
+        h = F.linear(X.to(A.dtype), A)
+        y.add_(F.linear(h, B), alpha=scale)
     else:
-        h = X @ A.to(x.dtype).T
+        h = (A.to(x.dtype) @ X.T).T  # columns: faster than rows here and in both of its products
         y.addmm_(h, B.to(x.dtype).T, alpha=scale)
     return shaped(y, x), h
 
@@ -60,8 +62,8 @@ def lora_backward(
     """Gradients of (x, W, bias, A, B)."""
     dY, X = flat(dy), flat(x)
     dx = dY @ W.to(dy.dtype) if needs[0] else None  # first: what follows meets dY and dx in cache
-    dS = (dY @ B.to(dy.dtype)).mul_(scale)  # (M, r)
-    dB = (dY.T @ h.to(dY.dtype)).to(B.dtype).mul_(scale) if needs[4] else None
+    dS = (B.to(dy.dtype).T @ dY.T).mul_(scale).T  # (M, r), stored as h is
+    dB = (h.to(dY.dtype).T @ dY).T.to(B.dtype).mul_(scale) if needs[4] else None
     dx = None if dx is None else dx.addmm_(dS, A.to(dy.dtype)).view(x.shape)
     dW = (dY.T @ X).to(W.dtype) if needs[1] else None
     dbias = dY.sum(0) if needs[2] else None
@@ -158,8 +160,9 @@ def dora_forward(
     """
     bias = None if bias is None else bias.to(x.dtype)
     if x.shape[:-1].numel() <= FEW:
-        frozen, h = F.linear(flat(x), W.to(x.dtype), bias), flat(x).to(A.dtype) @ A.T
-        u = torch.add(frozen, h @ B.T, alpha=scale)  # at least fp32
+        X = flat(x)
+        frozen, h = F.linear(X, W.to(x.dtype), bias), F.linear(X.to(A.dtype), A)
+        u = torch.add(frozen, F.linear(h, B), alpha=scale)  # at least fp32
         return shaped(_times(u, g, bias).to(x.dtype), x), h, u
     u, h = lora_forward(x, W, bias, A, B, scale)
     return _times(u, g, bias), h, u

@@ -223,12 +223,12 @@ def _inputs(chain: list[_Gate], x: Tensor) -> list[Tensor]:
 
 def _rows(t: Tensor) -> Tensor:
     """(b, a, ...) -> (b a, ...)."""
-    return t.flatten(0, 1).flatten(1)
+    return t.reshape(t.shape[0] * t.shape[1], -1)
 
 
 def _pairs(t: Tensor) -> Tensor:
     """(m, ..., b, a) -> (m ..., b a)."""
-    return t.flatten(-2).flatten(0, -2)
+    return t.reshape(-1, t.shape[-2] * t.shape[-1])
 
 
 def _unflatten(x: Tensor, sizes: Sizes) -> Tensor:
@@ -254,6 +254,8 @@ def _permute(t: Tensor, order: Sizes) -> Tensor:
         source = source.clone()  # a view as units has to start on one
     source = source.view(UNITS[unit])
     target = source.new_empty([source.shape[d] for d in order])
+    if run == unit:
+        return target.copy_(source.permute(order)).view(t.dtype)
     for i in range(run // unit):
         target[..., i].copy_(source[..., i].permute(order[:-1]))
     return target.view(t.dtype)

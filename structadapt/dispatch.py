@@ -128,7 +128,8 @@ def settle(op: str, x: Tensor, W: Tensor, refused: str | None, strict: bool = Tr
 
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that torch.autocast would multiply it in."""
-    return x.to(_autocast_dtype(x))
+    dtype = _autocast_dtype(x)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:
