@@ -19,8 +19,9 @@ never moved, and a permutation copies runs of it.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +58,8 @@ def quanta_forward(
 def _few_minus_eye(x: Tensor, gates: list[Tensor], out_features: int) -> Tensor:
     """T x - E x in one subtraction, which needs the digits of fp32."""
     chain = _chain(gates, x.dtype, False)
-    moved = _run(chain, x, False).view(-1, *chain[-1].out_sizes)
-    return _plus(moved, -_unflatten(x, chain[0].in_sizes)).flatten(1)[:, :out_features]
+    moved = _run(chain, x, False).view(-1, *chain[-1].place.out_sizes)
+    return _plus(moved, -_unflatten(x, chain[0].place.in_sizes)).flatten(1)[:, :out_features]
 
 
 def quanta_backward(
@@ -93,7 +94,7 @@ def _by_chunks(
     update: Callable[[slice], Tensor], x: Tensor, chain: list["_Gate"], width: int
 ) -> Tensor:
     """`update` of all rows, a chunk of them at a time."""
-    widest = max(max(math.prod(g.in_sizes), math.prod(g.out_sizes)) for g in chain)
+    widest = max(math.prod(s) for g in chain for s in (g.place.in_sizes, g.place.out_sizes))
     size = max(16, CHUNK_ELEMENTS // widest)
     if 0 < x.shape[0] <= size:
         return update(slice(None)).contiguous()
@@ -108,58 +109,75 @@ def _by_chunks(
 
 
 @dataclass(frozen=True)
-class _Gate:
-    """One gate as a matrix, and where its axes are."""
+class _Place:
+    """Everything about a gate but its values."""
 
-    matrix: Tensor  # (out_b out_a, in_b in_a)
     order: Sizes  # the dimensions of (m, d1, ..., dN) as the product takes them
-    back: Sizes  # the inverse permutation
     left: bool  # the gate's axes come first: the matrix is multiplied from the left
     in_sizes: Sizes  # (d1, ..., dN) before
     out_sizes: Sizes  # and after
 
+    @cached_property
+    def back(self) -> Sizes:
+        """The inverse permutation."""
+        return tuple(self.order.index(d) for d in range(len(self.order)))
+
+    @cached_property
+    def made(self) -> Sizes:
+        """The shape that the product makes, -1 for m."""
+        return tuple((-1, *self.out_sizes)[d] for d in self.order)
+
+    @cached_property
+    def transposed(self) -> "_Place":
+        return replace(self, in_sizes=self.out_sizes, out_sizes=self.in_sizes)
+
+
+class _Gate(NamedTuple):
+    matrix: Tensor  # (out_b out_a, in_b in_a)
+    place: _Place
+
     @property
     def transposed(self) -> "_Gate":
-        swapped = {"in_sizes": self.out_sizes, "out_sizes": self.in_sizes}
-        return replace(self, matrix=self.matrix.T, **swapped)
+        return _Gate(self.matrix.T, self.place.transposed)
 
     def apply(self, t: Tensor, onto: Tensor | None = None) -> Tensor:
         """The gate on t, added to `onto` if that is given; all in the order of the product."""
-        flat = _rows if self.left else _pairs
-        factors = (self.matrix, flat(t)) if self.left else (flat(t), self.matrix.T)
+        left = self.place.left
+        factors = (self.matrix, _rows(t)) if left else (_pairs(t), self.matrix.T)
         if onto is not None:
-            total = flat(onto)
+            total = _rows(onto) if left else _pairs(onto)
             return torch.addmm(total, *factors, out=total).view(onto.shape)
-        sizes = (t.shape[self.back[0]], *self.out_sizes)
-        return torch.mm(*factors).view([sizes[d] for d in self.order])
+        return torch.mm(*factors).view(self.place.made)
 
     def outer(self, grad: Tensor, t: Tensor) -> Tensor:
         """The gradient of the matrix, both arguments in the order of the product."""
-        if self.left:
+        if self.place.left:
             return _rows(grad) @ _rows(t).T
         grad, t = _pairs(grad), _pairs(t)
         if len(t) % 2:
             return grad.T @ t
         # Long and thin: two halves keep two threads busier than one product does.
         halves = torch.bmm(grad.view(2, -1, grad.shape[1]).mT, t.view(2, -1, t.shape[1]))
-        return halves.to(torch.promote_types(t.dtype, torch.float32)).sum(0)
+        return halves.sum(0, dtype=torch.promote_types(t.dtype, torch.float32))
 
     def arrange(self, t: Tensor, before: "_Gate | None" = None) -> Tensor:
         """t in the order of this gate's product, from (m, d1, ..., dN) or the order of another."""
-        return _permute(t, tuple(before.back[d] for d in self.order) if before else self.order)
+        order = self.place.order
+        return _permute(t, tuple(before.place.back[d] for d in order) if before else order)
 
     def restore(self, t: Tensor) -> Tensor:
         """(m, d1, ..., dN) from the order of the product."""
-        return _permute(t, self.back)
+        return _permute(t, self.place.back)
 
 
 def _chain(gates: list[Tensor], dtype: torch.dtype, minus_eye: bool) -> list[_Gate]:
     chain = []
-    for gate, places in zip(gates, _places(tuple(g.shape for g in gates)), strict=True):
+    for gate, place in zip(gates, _places(tuple(g.shape for g in gates)), strict=True):
         matrix = gate.to(dtype, copy=minus_eye, memory_format=torch.contiguous_format)
         if minus_eye:
             _eye(matrix).copy_(_eye(gate) - 1)
-        chain.append(_Gate(matrix.flatten(2).flatten(0, 1), *places))
+        out_b, out_a, in_b, in_a = gate.shape
+        chain.append(_Gate(matrix.view(out_b * out_a, in_b * in_a), place))
     return chain
 
 
@@ -169,16 +187,14 @@ def _eye(gate: Tensor) -> Tensor:
 
 
 @cache
-def _places(shapes: tuple[Sizes, ...]) -> list[tuple[Sizes, Sizes, bool, Sizes, Sizes]]:
-    """Everything about a chain's gates but their values."""
+def _places(shapes: tuple[Sizes, ...]) -> list[_Place]:
     found = []
     for (b, a), before, after in reference.quanta_steps(shapes):
         n = len(before)
         left = a != n - 1
         rest = [d for d in range(n + 1) if d not in (b + 1, a + 1, n)]
         order = (b + 1, a + 1, *rest, n) if left else (*rest, b + 1, n)
-        back = tuple(order.index(d) for d in range(n + 1))
-        found.append((order, back, left, before, after))
+        found.append(_Place(order, left, before, after))
     return found
 
 
@@ -192,7 +208,7 @@ def _run(
 
     With `minus_eye` that is x + total, where total is what the gates before have added.
     """
-    source = _unflatten(x, chain[0].in_sizes)
+    source = _unflatten(x, chain[0].place.in_sizes)
     total, before = None, None
     for k, gate in enumerate(chain):
         if total is None:
@@ -204,7 +220,7 @@ def _run(
             see(k, t)
         if total is None or not minus_eye:
             total = gate.apply(t)
-        elif gate.in_sizes == gate.out_sizes:
+        elif gate.place.in_sizes == gate.place.out_sizes:
             total = gate.apply(t, onto=total)
         else:
             total = _plus(gate.apply(t), total)
@@ -215,7 +231,7 @@ def _run(
 
 def _inputs(chain: list[_Gate], x: Tensor) -> list[Tensor]:
     """The input of every gate, in the order of its product."""
-    inputs = [chain[0].arrange(_unflatten(x, chain[0].in_sizes))]
+    inputs = [chain[0].arrange(_unflatten(x, chain[0].place.in_sizes))]
     for gate, following in pairwise(chain):
         inputs.append(following.arrange(gate.apply(inputs[-1]), gate))
     return inputs
@@ -245,7 +261,7 @@ def _permute(t: Tensor, order: Sizes) -> Tensor:
     Copied in units of up to 16 bytes, one position within the last dimension at a time: a copy of
     single bf16 numbers, or one whose inner loop has a few steps, takes several times as long.
     """
-    if order == tuple(range(t.dim())):
+    if order == tuple(range(len(order))):
         return t
     run = t.shape[-1] * t.element_size()
     unit = next(size for size in UNITS if run % size == 0)
@@ -253,9 +269,9 @@ def _permute(t: Tensor, order: Sizes) -> Tensor:
     if source.storage_offset() * source.element_size() % unit:
         source = source.clone()  # a view as units has to start on one
     source = source.view(UNITS[unit])
-    target = source.new_empty([source.shape[d] for d in order])
     if run == unit:
-        return target.copy_(source.permute(order)).view(t.dtype)
+        return source.permute(order).contiguous().view(t.dtype)
+    target = source.new_empty([source.shape[d] for d in order])
     for i in range(run // unit):
         target[..., i].copy_(source[..., i].permute(order[:-1]))
     return target.view(t.dtype)
