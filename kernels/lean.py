@@ -163,7 +163,9 @@ def dora_forward(
         X = flat(x)
         frozen, h = F.linear(X, W.to(x.dtype), bias), F.linear(X.to(A.dtype), A)
         u = torch.add(frozen, F.linear(h, B), alpha=scale)  # at least fp32
-        return shaped(_times(u, g, bias).to(x.dtype), x), h, u
+        if bias is None:
+            return shaped(torch.mul(u, g, out=frozen), x), h, u
+        return shaped(torch.addcmul((1 - g) * bias, u, g, out=frozen), x), h, u
     u, h = lora_forward(x, W, bias, A, B, scale)
     return _times(u, g, bias), h, u
 

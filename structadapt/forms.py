@@ -1,6 +1,6 @@
 """The forms of an adapted linear layer, and the one autograd.Function that runs two of them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ MODULES = {
 
 
 class Form(Protocol):
-    """The forms of one layer, for the tensors (x, W, bias, ...)."""
+    """The forms of one call of a layer, for the tensors (x, W, bias, ...)."""
 
     kernels: ModuleType | None  # whose functions do the work
 
@@ -67,7 +67,7 @@ def run(
             dispatch.settle(op, x, W, dispatch.OBSERVED)
         return form.plain(x, W, bias, *tensors)  # type: ignore[no-any-return]
     x = dispatch.autocast(x)  # on torch W and bias follow x
-    form = replace(form, kernels=implementation(op, x, W, *tensors, rank=rank))
+    form.kernels = implementation(op, x, W, *tensors, rank=rank)
     if torch.is_grad_enabled():
         return _ByHand.apply(form, x, W, bias, *tensors)  # type: ignore[no-any-return]
     return form.forward(x, W, bias, *tensors)[0]  # type: ignore[no-any-return]
@@ -130,7 +130,7 @@ class SharedLoRA(torch.autograd.Function):
         return None, None, dx, *grads
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoRAForm:
     scale: float
     kernels: Any = lean
@@ -147,7 +147,7 @@ class LoRAForm:
         return self.kernels.lora_backward(dy, x, h, W, A, B, self.scale, needs)
 
 
-@dataclass(frozen=True)
+@dataclass
 class DoRAForm:
     scale: float
     kernels: Any = lean
@@ -166,7 +166,7 @@ class DoRAForm:
         return self.kernels.dora_backward(dy, x, h, u, W, bias, A, B, g, self.scale, needs)
 
 
-@dataclass(frozen=True)
+@dataclass
 class QuanTAForm:
     n_gates: int
     minus_eye: bool

@@ -9,7 +9,6 @@ watched. After one, `watch()` of the layer forgets what it kept.
 
 from collections.abc import Iterable
 from functools import cached_property
-from itertools import count
 from typing import Any
 
 import torch
@@ -20,13 +19,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 class Watched(nn.Parameter):
     """A parameter whose `.data` shares its version counter; assignments to `.data` are counted."""
 
-    writes = 0
     source: Tensor | None = None  # what `.data` was last set to: it has a version of its own
 
     @cached_property
-    def serial(self) -> int:
-        """A number that no other parameter has; an id is used again once its owner is gone."""
-        return next(_serials)
+    def stamp(self) -> object:
+        """What no other parameter has, and this one after no other assignment to `.data`."""
+        return object()
 
     @property
     def data(self) -> Tensor:
@@ -35,7 +33,7 @@ class Watched(nn.Parameter):
     @data.setter
     def data(self, value: Tensor) -> None:
         nn.Parameter.data.__set__(self, value)  # type: ignore[attr-defined]
-        self.writes += 1
+        self.stamp = object()
         self.source = None if value.is_inference() else value
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -43,7 +41,6 @@ class Watched(nn.Parameter):
         return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
 
 
-_serials = count()
 _optimizer_steps = 0
 _hooked = False
 
@@ -78,5 +75,5 @@ def state_of(tensors: Iterable[Tensor]) -> tuple[Any, ...] | None:
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
         source = 0 if tensor.source is None else tensor.source._version
-        key += (tensor.serial, tensor._version, tensor.writes, source, tensor.data_ptr())
+        key += (tensor.stamp, tensor._version, source, tensor.data_ptr())
     return tuple(key)
