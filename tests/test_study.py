@@ -375,8 +375,11 @@ def test_a_log_that_a_full_disk_cut_short_goes_on(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
-    assert main(["study", "run", "small", "--out", str(tmp_path)]) == 2
-    assert "holds no study" in capsys.readouterr().err
+    for dry in ([], ["--dry-run"]):
+        assert main(["study", "run", "small", "--out", str(tmp_path), *dry]) == 2
+        assert "holds no study" in capsys.readouterr().err
+        assert main(["study", "run", "small", "--out", str(tmp_path / "notes.txt"), *dry]) == 2
+        assert "notes.txt is a file, and a study is a folder" in capsys.readouterr().err
     assert main(["study", "status", str(tmp_path)]) == 2
     assert main(["study", "report", str(tmp_path)]) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

@@ -133,6 +133,7 @@ def _run(args: argparse.Namespace) -> int:
     cells = [found.cell(args.cell)] if args.cell is not None else list(found.cells)
     if args.threads < 1 or (args.workers is not None and args.workers < 1):
         raise ValueError("--workers and --threads must be at least 1")
+    folders.check(args.out)
     if args.dry_run:
         from structadapt.study import dry_run
 

@@ -53,18 +53,23 @@ def folder_of(out: Path, cell: Cell) -> Path:
     return out / CELLS / cell.id
 
 
-def prepare(grid: Grid, out: Path) -> None:
-    """Make the folder of a study, or add this grid's cells to the one that is there.
-
-    FileExistsError for a folder that holds something else.
-    """
+def check(out: Path) -> None:
+    """NotADirectoryError or FileExistsError for what cannot become the folder of a study."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file, and a study is a folder: choose another name")
     own = {GRID, CELLS, BASES, JOBS}
-    if out.is_dir():
+    if out.is_dir() and not (out / GRID).is_file():
         others = sorted(p.name for p in out.iterdir() if p.name not in own and p.name[0] != ".")
-        if others and not (out / GRID).is_file():
+        if others:
             raise FileExistsError(
                 f"{out} exists and holds no study ({', '.join(others[:3])}): choose another name"
             )
+
+
+def prepare(grid: Grid, out: Path) -> None:
+    """Make the folder of a study, or add this grid's cells to the one that is there. Raises what
+    `check` raises."""
+    check(out)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / GRID, grid.text.encode())
     (out / CELLS).mkdir(exist_ok=True)
