@@ -8,7 +8,8 @@
 The library's own launch functions run on CPU tensors with a stand-in driver: what they would launch
 is specialised, compiled and assembled as on a device, and nothing runs. A kernel passes with no
 stack, no spills, shared memory within the limit, the matrix instructions of its architecture, and
-at most 10 % more registers than the committed table says. One process for each architecture.
+at most 10 % more registers than the committed table says, if the same triton made that: another
+allots them in another way. One process for each architecture.
 
 To disassemble takes half the time, so code whose digest is in the committed table is not read
 again; with --write all of it is.
@@ -335,8 +336,10 @@ HELPERS = ("sum_parts_kernel", "digits_kernel", "matrix_kernel")  # launched by 
 MATRIX_KERNELS = ("gemm", "narrow", "over_rows", "dy_pass", "dora_norm", "gate", "chain")
 
 
-def faults(record: Record, table: dict[tuple[str, int], Record]) -> list[str]:
-    """What is wrong with one kernel."""
+def faults(
+    record: Record, table: dict[tuple[str, int], Record], same_triton: bool = True
+) -> list[str]:
+    """What is wrong with one kernel; registers are compared if the same triton made the table."""
     if "error" in record:
         return [record["error"]]
     found, arch = [], record["arch"]
@@ -349,7 +352,7 @@ def faults(record: Record, table: dict[tuple[str, int], Record]) -> list[str]:
     known = table.get((record["case"], arch))
     if known is None:
         found.append("not in the committed table: run with --write")
-    elif record["registers"] > 1.1 * known["registers"]:
+    elif same_triton and record["registers"] > 1.1 * known["registers"]:
         found.append(f"{record['registers']} registers, {known['registers']} in the table")
     return found
 
@@ -407,10 +410,12 @@ def main() -> int:
 
     if options.write:
         RESULTS.write_text(json.dumps({"triton": triton.__version__, "kernels": records}, indent=1))
-    table = {(r["case"], r["arch"]): r for r in committed() if "error" not in r}
+    stored = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"triton": "", "kernels": []}
+    table = {(r["case"], r["arch"]): r for r in stored["kernels"] if "error" not in r}
+    same = stored["triton"] == triton.__version__
     bad = 0
     for record in records:
-        wrong = faults(record, table)
+        wrong = faults(record, table, same)
         bad += bool(wrong)
         if "error" not in record:
             print(
@@ -422,6 +427,8 @@ def main() -> int:
         else:
             print(f"sm_{record['arch']:<4}{record['case']:32}  ! {record['error']}")
     print(f"{len(records)} kernels, {bad} with faults (triton {triton.__version__})")
+    if not same:
+        print(f"registers are not compared: triton {stored['triton']} made the committed table")
     return 1 if bad else 0
 
 

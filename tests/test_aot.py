@@ -24,7 +24,8 @@ def run(*options):
 @pytest.mark.slow
 def test_every_shipped_kernel_fits_every_architecture():
     """No stack, no spills, shared memory within the limit, the matrix instructions of the
-    architecture, and no more registers than the committed table says, plus a tenth."""
+    architecture, and no more registers than the committed table says, plus a tenth (if the triton
+    here is the pinned one, which made it)."""
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     for arch in (80, 90, 100):
@@ -64,3 +65,4 @@ def test_a_fault_is_reported():
     ):
         assert what in ", ".join(aot.faults({**good, **change}, known))
     assert aot.faults({**good, "registers": 110}, known) == []
+    assert aot.faults({**good, "registers": 111}, known, same_triton=False) == []
