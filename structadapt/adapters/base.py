@@ -61,14 +61,16 @@ class Adapter:
         bias: Tensor | None,
         p: dict[str, Tensor],
     ) -> Tensor:
-        """The adapted output from the frozen one, y = F.linear(x, W(), bias) however computed."""
+        """The adapted output (..., out) from the frozen one, y = F.linear(x, W(), bias) however
+        computed, in the dtype of y. W() is dense (out, in) and may take long: call it if needed."""
         dense = W()
         return y + F.linear(x, self.weight(dense, p) - dense)
 
     def lookup(
         self, y: Tensor, ids: Tensor, W: Tensor, p: dict[str, Tensor], padding_idx: int | None
     ) -> Tensor:
-        """The adapted output (..., out) of an embedding from the frozen one, y = W^T[ids]."""
+        """The adapted output (..., out) of an embedding from the frozen one, y = W^T[ids], for ids
+        (...) of integers; no gradient goes to row padding_idx of W^T."""
         return F.embedding(ids, self.weight(W, p).T, padding_idx)
 
     def derived(self, W: Tensor, p: dict[str, Tensor]) -> dict[str, Tensor]:

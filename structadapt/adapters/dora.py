@@ -38,7 +38,8 @@ class DoRA(LoRA):
         return {**p, "m": self.derived(W, p)["norm"].clone()}
 
     def derived(self, W: Tensor, p: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The row norms of V, and m over them for when no gradient is wanted."""
+        """norm (out,), that of the rows of V, and gain (out,) = m / norm for when no gradient is
+        wanted; in at least fp32."""
         norm = ops.dora_norm(W, p["A"], p["B"], self.scale)
         if "m" not in p:
             return {"norm": norm}
@@ -46,7 +47,7 @@ class DoRA(LoRA):
             return {"norm": norm, "gain": ops.dora_gain(p["m"], norm)}
 
     def gain(self, W: Callable[[], Tensor], p: dict[str, Tensor]) -> Tensor:
-        """m / ||V||_row (out,)."""
+        """m / ||V||_row (out,) in at least fp32, with a gradient to m alone."""
         if "gain" in p and not torch.is_grad_enabled():
             return p["gain"]
         return ops.dora_gain(p["m"], p["norm"] if "norm" in p else self.derived(W(), p)["norm"])
@@ -80,5 +81,5 @@ class DoRA(LoRA):
         return ops.dora_onto(y, low, None, self.gain(lambda: W, p))
 
     def direction(self, shape: tuple[int, int], p: dict[str, Tensor]) -> Tensor:
-        """s B A: where V moves, without the magnitudes."""
+        """s B A (out, in): where V moves, without the magnitudes."""
         return LoRA(self.rank, self.alpha, self.scaling).direction(shape, p)

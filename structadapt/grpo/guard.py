@@ -13,16 +13,21 @@ class CollapseError(RuntimeError):
 
 
 class Observer(Protocol):
-    """What `train` lets look at every step, after the guard did (`spectra.Monitor` is one).
+    """What `train` lets look at every step, after the guard did (`spectra.Monitor` is one)."""
 
-    `after` returns sentences that join the step's alarms, on every process the same; it must leave
-    the model and the global random number generators alone. The state, of dicts with texts or
-    numbers as keys, lists, tensors, texts, numbers and None, is kept in the run's checkpoints.
-    """
+    def after(self, step: Step) -> Sequence[str]:
+        """Sentences that join the step's alarms, on every process the same. It must leave the model
+        and the global random number generators alone."""
+        ...
 
-    def after(self, step: Step) -> Sequence[str]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """What the run's checkpoints keep of it: dicts with texts or numbers as keys, lists,
+        tensors, texts, numbers and None."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Go on from what `state_dict` gave."""
+        ...
 
 
 @dataclass

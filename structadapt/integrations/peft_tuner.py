@@ -96,7 +96,7 @@ class StructAdaptConfig(PeftConfig):
         self.build()
 
     def build(self) -> Adapter:
-        """The adapter."""
+        """The adapter. Raises ValueError for an unknown one and for options it refuses."""
         kind = str(self.adapter)
         if kind not in Adapter.registry:
             known = ", ".join(Adapter.registry)
@@ -254,9 +254,11 @@ class StructAdaptModel(BaseTuner):
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Raises NotImplementedError: there is one adapter, and `unload` takes it off."""
         raise NotImplementedError("structadapt has one adapter a model: call unload()")
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raises NotImplementedError: there is one adapter."""
         raise NotImplementedError("structadapt has one adapter a model: there is none to combine")
 
     # -- state dict: tensors keep their names, with or without an adapter name --

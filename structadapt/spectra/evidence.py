@@ -43,6 +43,7 @@ class Finding:
     weight: float  # to sort by: 1 at the threshold
 
     def as_dict(self) -> dict[str, str]:
+        """For JSON: all but the weight, whose order the list has."""
         return {"kind": self.kind, "name": self.name, "evidence": self.evidence}
 
 

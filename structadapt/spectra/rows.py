@@ -54,10 +54,12 @@ class Weight:
 
     @cached_property
     def vectors(self) -> Vectors:
+        """Its singular vectors, and values."""
         return Vectors(self.matrix.rows, self.matrix.shape, self.settings.device)
 
     @cached_property
     def s(self) -> Tensor:
+        """Its singular values (min(out, in),), float64, the largest first."""
         return (
             self.vectors.values
             if self.settings.relations

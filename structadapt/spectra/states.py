@@ -189,6 +189,7 @@ class Judge:
         return {"state": self.state, "modules": modules, **told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
         self.state = state["state"]
         self.modules = {name: Past(**past) for name, past in state["modules"].items()}
         self.best_reward, self.highest_kl = state["best_reward"], state["highest_kl"]

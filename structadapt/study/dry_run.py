@@ -49,6 +49,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """All of it."""
         return self.base + self.training + self.cache + self.update
 
 
