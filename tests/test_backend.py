@@ -378,6 +378,7 @@ def test_compiled_without_a_graph_break(op, asked):
     close(found, expected, 1e-6 if asked == "triton" else 2e-2)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # read by that of torch 2.14
 @pytest.mark.parametrize("asked", ["torch", "triton"])
 @pytest.mark.parametrize("op", OPS)
 def test_the_custom_ops_pass_torchs_own_check(op, asked):

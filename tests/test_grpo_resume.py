@@ -163,12 +163,15 @@ def test_nested_values_come_back():
 @pytest.mark.slow
 def test_kill_minus_nine_at_any_moment(tmp_path):
     """STRUCTADAPT_KILLS=50 for the whole campaign."""
+    stopped_runs.whole(tmp_path / "first")  # reads libraries from the disk, which takes its time
     expected, seconds, _ = stopped_runs.whole(tmp_path / "whole")
     rng, killed = random.Random(0), 0
-    for i in range(KILLS):
+    for i in range(5 * KILLS):  # a run may come to its end before its moment
         killed += stopped_runs.killed_at_moments(tmp_path / f"run{i}", rng, seconds)
         assert_same_bits(stopped_runs.outcome(tmp_path / f"run{i}"), expected)
-    assert killed >= KILLS // 2
+        if killed >= KILLS:
+            return
+    pytest.fail(f"{killed} of {KILLS} runs were killed before their end")
 
 
 @pytest.mark.slow

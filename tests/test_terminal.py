@@ -159,7 +159,7 @@ def test_as_a_module():
         ("study run no.toml --out o", "study run: error: no.toml: No such file or directory"),
         ("study run latin.toml --out o", "latin.toml: 'utf-8' codec can't decode"),
         ("study run empty.toml --out o", "empty.toml: no [[cells]]"),
-        ("study run grid.toml --out file", "study run: error: file: File exists"),
+        ("study run grid.toml --out file", "study run: error: file is a file"),
         ("study run grid.toml --out o --cell 9", "no cell '9' in the grid 'grid'"),
         ("study run grid.toml --out o --workers 0", "must be at least 1"),
         ("study run grid.toml --out o --engine no", "argument --engine: invalid choice: 'no'"),
