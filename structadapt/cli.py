@@ -117,6 +117,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         if options.command is None:
             parser.print_help(sys.stderr)
             return 2
+        if getattr(options, "quiet", False):
+            with terminal.errors_alone():
+                return options.run(options)
         return options.run(options)
     finally:
         terminal.flush()

@@ -5,8 +5,12 @@ still written, and the exit code is that of the work.
 """
 
 import argparse
+import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 COLOURS = {"red": 31, "green": 32, "yellow": 33}
@@ -43,6 +47,19 @@ def is_quiet(args: argparse.Namespace) -> bool:
     """Whether to leave out progress. A program that asks for JSON gets none; who looks on
     at a terminal does."""
     return args.quiet or (args.json and not sys.stderr.isatty())
+
+
+@contextmanager
+def errors_alone() -> Iterator[None]:
+    """Leave out what libraries warn of."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def in_colour(stream: TextIO) -> bool:

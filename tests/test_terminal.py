@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 
 from structadapt import cli, terminal
 from structadapt.spectra import analysis
+from structadapt.study import dry_run
 
 ROOT = Path(__file__).parents[1]
 LEAVES = ["grpo", "preflight", "spectra", "study run", "study status", "study report"]
@@ -237,6 +240,24 @@ def test_quiet_leaves_errors_alone(here, capsys):
         assert ("note: no pictures" in capsys.readouterr().err) == noted
     assert call("spectra", "nowhere", "--quiet") == 2
     assert "nowhere is not there" in capsys.readouterr().err
+
+
+def test_quiet_leaves_out_what_libraries_warn_of(monkeypatch, caplog):
+    def noisy(*_):
+        logging.getLogger("library").warning("noted")
+        if logging.root.manager.disable:
+            warnings.warn(
+                "and warned", stacklevel=1
+            )  # an error in these tests, if it is let through
+        logging.getLogger("library").error("failed")
+        return 0
+
+    monkeypatch.setattr(dry_run, "main", noisy)
+    for options, seen in ([], ["noted", "failed"]), (["--quiet"], ["failed"]):
+        caplog.clear()
+        assert call("study", "run", "small", "--out", "unused", "--dry-run", *options) == 0
+        assert caplog.messages == seen
+    assert not logging.root.manager.disable
 
 
 @pytest.mark.parametrize(
