@@ -125,8 +125,12 @@ INSTRUCTIONS = {
 READ = ("registers", "stack", *INSTRUCTIONS)  # the keys of what `read` returns
 
 
-def committed() -> list[Record]:
-    return json.loads(RESULTS.read_text())["kernels"] if RESULTS.is_file() else []
+def committed() -> tuple[str, list[Record]]:
+    """The committed table, and the version of triton that made it."""
+    if not RESULTS.is_file():
+        return "", []
+    stored = json.loads(RESULTS.read_text())
+    return stored["triton"], stored["kernels"]
 
 
 # -- the cases -------------------------------------------------------------------------------------
@@ -383,10 +387,10 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print the committed table")
     options = parser.parse_args()
     if options.table:
-        print(summary(committed()))
+        print(summary(committed()[1]))
         return 0
     if options.one:
-        stored = [] if options.write else committed()
+        stored = [] if options.write else committed()[1]
         known = {r["code"]: {k: r[k] for k in READ} for r in stored if "code" in r}
         json.dump(compile_all(options.one, options.only, known), sys.stdout)
         return 0
@@ -410,9 +414,9 @@ def main() -> int:
 
     if options.write:
         RESULTS.write_text(json.dumps({"triton": triton.__version__, "kernels": records}, indent=1))
-    stored = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"triton": "", "kernels": []}
-    table = {(r["case"], r["arch"]): r for r in stored["kernels"] if "error" not in r}
-    same = stored["triton"] == triton.__version__
+    made_by, stored = committed()
+    table = {(r["case"], r["arch"]): r for r in stored if "error" not in r}
+    same = made_by == triton.__version__
     bad = 0
     for record in records:
         wrong = faults(record, table, same)
@@ -428,7 +432,7 @@ def main() -> int:
             print(f"sm_{record['arch']:<4}{record['case']:32}  ! {record['error']}")
     print(f"{len(records)} kernels, {bad} with faults (triton {triton.__version__})")
     if not same:
-        print(f"registers are not compared: triton {stored['triton']} made the committed table")
+        print(f"registers are not compared: triton {made_by} made the committed table")
     return 1 if bad else 0
 
 

@@ -39,13 +39,9 @@ def power_of_2(n: int, least: int = 1) -> int:
     return max(least, 1 << max(n - 1, 0).bit_length())
 
 
-# Read once, as triton does: every call of a layer asks.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
 def interpreted() -> bool:
-    """Whether TRITON_INTERPRET asked for the CPU interpreter when Python started."""
-    return _INTERPRETED
+    """Whether TRITON_INTERPRET asks for the CPU interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 # -- tables ----------------------------------------------------------------------------------------

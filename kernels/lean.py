@@ -29,6 +29,11 @@ def flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
+def rows(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t^T row by row, in one copy."""
+    return t.T.to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
 def shaped(y: Tensor, x: Tensor) -> Tensor:
     """(M, n) -> (..., n) as x has it. No view to autograd, which would forbid writes into it."""
     if x.dim() == 2:
@@ -63,7 +68,7 @@ def lora_backward(
     dY, X = flat(dy), flat(x)
     dx = dY @ W.to(dy.dtype) if needs[0] else None  # first: what follows meets dY and dx in cache
     dS = (B.to(dy.dtype).T @ dY.T).mul_(scale).T  # (M, r), stored as h is
-    dB = (h.to(dY.dtype).T @ dY).T.to(B.dtype).mul_(scale) if needs[4] else None
+    dB = rows(h.to(dY.dtype).T @ dY, B.dtype).mul_(scale) if needs[4] else None
     dx = None if dx is None else dx.addmm_(dS, A.to(dy.dtype)).view(x.shape)
     dW = (dY.T @ X).to(W.dtype) if needs[1] else None
     dbias = dY.sum(0) if needs[2] else None
@@ -162,7 +167,7 @@ def dora_forward(
     if x.shape[:-1].numel() <= FEW:
         X = flat(x)
         frozen, h = F.linear(X, W.to(x.dtype), bias), F.linear(X.to(A.dtype), A)
-        u = torch.add(frozen, F.linear(h, B), alpha=scale)  # at least fp32
+        u = torch.add(frozen, F.linear(h, B), alpha=scale)  # in fp32 where A and B are
         if bias is None:
             return shaped(torch.mul(u, g, out=frozen), x), h, u
         return shaped(torch.addcmul((1 - g) * bias, u, g, out=frozen), x), h, u

@@ -177,7 +177,7 @@ def _chain(gates: list[Tensor], dtype: torch.dtype, minus_eye: bool) -> list[_Ga
         if minus_eye:
             _eye(matrix).copy_(_eye(gate) - 1)
         out_b, out_a, in_b, in_a = gate.shape
-        chain.append(_Gate(matrix.view(out_b * out_a, in_b * in_a), place))
+        chain.append(_Gate(matrix.reshape(out_b * out_a, in_b * in_a), place))
     return chain
 
 

@@ -1,8 +1,8 @@
 """Parameters that tell when they were written to, so that what was derived from them can be kept.
 
 torch counts in-place writes in `_version`, except two kinds: writes through `.data`, and those of
-fused optimizers. A `Watched` parameter counts the first; a hook on every optimizer step counts the
-second. What still goes unseen is a write that bypasses torch altogether (a numpy view, a raw
+fused optimizers. A `Watched` parameter tells of the first; a hook on every optimizer step counts
+the second. What still goes unseen is a write that bypasses torch altogether (a numpy view, a raw
 collective, another process) or goes through an alias that `.data` gave before the parameter was
 watched. After one, `watch()` of the layer forgets what it kept.
 """
@@ -17,13 +17,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class Watched(nn.Parameter):
-    """A parameter whose `.data` shares its version counter; assignments to `.data` are counted."""
+    """A parameter whose `.data` shares its version counter; an assignment to it is a new stamp."""
 
     source: Tensor | None = None  # what `.data` was last set to: it has a version of its own
 
     @cached_property
     def stamp(self) -> object:
-        """What no other parameter has, and this one after no other assignment to `.data`."""
+        """An object of its own, another one after every assignment to `.data`."""
         return object()
 
     @property

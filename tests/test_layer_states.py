@@ -355,6 +355,23 @@ def test_inputs_that_are_not_contiguous(linear, adapter, view, x):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [2, 24])
+def test_parameters_that_are_not_contiguous(linear, adapter, rows, x):
+    layer, found = linear(adapter), []
+    for strided in (False, True):
+        if strided:
+            for p in layer.trained_tensors():
+                turned = [*reversed(range(p.dim()))]
+                p.data = p.detach().permute(turned).contiguous().permute(turned)
+        leaf = x.flatten(0, 1)[:rows].clone().requires_grad_()
+        y = layer(leaf)
+        y.square().mean().backward()
+        found.append([y, leaf.grad, *(p.grad for p in layer.trained_tensors())])
+        layer.zero_grad()
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+
+
 # -- training --------------------------------------------------------------------------------------
 
 

@@ -380,6 +380,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
         assert "holds no study" in capsys.readouterr().err
         assert main(["study", "run", "small", "--out", str(tmp_path / "notes.txt"), *dry]) == 2
         assert "notes.txt is a file, and a study is a folder" in capsys.readouterr().err
+        assert main(["study", "run", "small", "--out", str(tmp_path / "notes.txt/a/b"), *dry]) == 2
+        assert "notes.txt is a file, and a study is a folder" in capsys.readouterr().err
     assert main(["study", "status", str(tmp_path)]) == 2
     assert main(["study", "report", str(tmp_path)]) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

@@ -15,6 +15,7 @@ cells/NAME/      one a cell:
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -55,8 +56,9 @@ def folder_of(out: Path, cell: Cell) -> Path:
 
 def check(out: Path) -> None:
     """NotADirectoryError or FileExistsError for what cannot become the folder of a study."""
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file, and a study is a folder: choose another name")
+    there = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, and a study is a folder: choose another name")
     own = {GRID, CELLS, BASES, JOBS}
     if out.is_dir() and not (out / GRID).is_file():
         others = sorted(p.name for p in out.iterdir() if p.name not in own and p.name[0] != ".")
