@@ -29,11 +29,6 @@ def flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def rows(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t^T row by row, in one copy."""
-    return t.T.to(dtype, memory_format=torch.contiguous_format).contiguous()
-
-
 def shaped(y: Tensor, x: Tensor) -> Tensor:
     """(M, n) -> (..., n) as x has it. No view to autograd, which would forbid writes into it."""
     if x.dim() == 2:
@@ -68,7 +63,7 @@ def lora_backward(
     dY, X = flat(dy), flat(x)
     dx = dY @ W.to(dy.dtype) if needs[0] else None  # first: what follows meets dY and dx in cache
     dS = (B.to(dy.dtype).T @ dY.T).mul_(scale).T  # (M, r), stored as h is
-    dB = rows(h.to(dY.dtype).T @ dY, B.dtype).mul_(scale) if needs[4] else None
+    dB = torch.empty_like(B).copy_((h.to(dY.dtype).T @ dY).T).mul_(scale) if needs[4] else None
     dx = None if dx is None else dx.addmm_(dS, A.to(dy.dtype)).view(x.shape)
     dW = (dY.T @ X).to(W.dtype) if needs[1] else None
     dbias = dY.sum(0) if needs[2] else None

@@ -142,10 +142,10 @@ class _Gate(NamedTuple):
 
     def apply(self, t: Tensor, onto: Tensor | None = None) -> Tensor:
         """The gate on t, added to `onto` if that is given; all in the order of the product."""
-        left = self.place.left
-        factors = (self.matrix, _rows(t)) if left else (_pairs(t), self.matrix.T)
+        flat = _rows if self.place.left else _pairs
+        factors = (self.matrix, flat(t)) if self.place.left else (flat(t), self.matrix.T)
         if onto is not None:
-            total = _rows(onto) if left else _pairs(onto)
+            total = flat(onto)
             return torch.addmm(total, *factors, out=total).view(onto.shape)
         return torch.mm(*factors).view(self.place.made)
 

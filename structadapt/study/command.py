@@ -133,10 +133,10 @@ def _run(args: argparse.Namespace) -> int:
     cells = [found.cell(args.cell)] if args.cell is not None else list(found.cells)
     if args.threads < 1 or (args.workers is not None and args.workers < 1):
         raise ValueError("--workers and --threads must be at least 1")
-    folders.check(args.out)
     if args.dry_run:
         from structadapt.study import dry_run
 
+        folders.check(args.out)  # as a run would
         return dry_run.main(found, cells, args.json)
     if args.worker:
         return _work(cells, args)

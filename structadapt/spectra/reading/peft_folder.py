@@ -32,11 +32,11 @@ from structadapt.spectra.reading.matrix import (
 )
 from structadapt.spectra.reading.names import module_path
 
+KNOWN = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 PART = re.compile(
-    r"(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector)(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<kind>weight|bias))?"
+    rf"(?P<layer>.+)\.(?P<part>{'|'.join(KNOWN)})"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<kind>weight|bias))?"
 )
-KNOWN = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 VARIANT = re.compile(r"(?P<layer>.+)\.(?P<part>lora_\w+)(?:\..+)?")  # AdaLoRA, KaSA, ...
 
 
@@ -133,8 +133,10 @@ def peft_updates(config: PeftConfig, parts: PeftParts) -> tuple[list[Update], li
 
 def refuse_variants(parts: Iterable[str]) -> None:
     """SourceError for a layer whose parts say that its update is not B A alone."""
-    for part in sorted({*parts} - KNOWN):
-        raise SourceError(f"{part} is of a variant of LoRA, or of another method: not known here")
+    if others := {*parts}.difference(KNOWN):
+        raise SourceError(
+            f"{min(others)} is of a variant of LoRA, or of another method: not known here"
+        )
 
 
 def _update(config: PeftConfig, name: str, own: dict[str, Stored], base: Stored | None) -> Update:
